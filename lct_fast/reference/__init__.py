@@ -1,0 +1,1 @@
+"""The definition of every op, in plain torch: what each kernel is held against. One file a stem."""
