@@ -1,0 +1,61 @@
+"""Fixtures for every test: where an op runs, poisoned memory, thread count."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# cuBLAS is only deterministic with a workspace of fixed size, and reads this when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest  # noqa: E402 (torch reads the variable above)
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Read by @triton.jit when it decorates, so it has to stand before any kernel is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Helpers are imported as tests.ladder, also when pytest is not started as a module.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.ladder import PLACES, Place  # noqa: E402 (needs the two lines above)
+
+
+def pytest_report_header() -> str:
+    places = ", ".join(map(str, PLACES))
+    missing = "" if torch.cuda.is_available() else " (no CUDA device: triton is interpreted, cuda is not run)"
+    return f"lct_fast: ops run on {places}{missing}"
+
+
+@pytest.fixture(params=PLACES, ids=str)
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """A backend on a device, for every pair this machine has; ops called in the test run there."""
+    from lct_fast import ops
+
+    chosen: Place = request.param
+    with ops.use_backend(chosen.backend):
+        yield chosen
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill what torch.empty and its kin return: NaN in floats, all ones in bytes (a NaN too, read as floats).
+
+    An output or workspace read before it is written then shows.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """One thread on entry, and whatever the test sets is undone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,146 @@
+"""Inputs of critic_head, what they must give in float64, and the check against it."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lct_fast import ops
+from lct_fast.reference.critic_head import critic_head as formula
+from tests.ladder import assert_rule
+
+# (rows, depth, classes): why.
+SHAPES = {
+    (1, 1, 1): "the smallest; one class has softmax 1 and no gradient",
+    (1, 3, 2): "one row, fewer columns than any vector is wide",
+    (5, 1, 2): "one column",
+    (33, 3, 10): "one row past 32",
+    (17, 128, 10): "the head of a 10-class network; a power of two deep",
+    (67, 513, 10): "one column past 512, rows past 64 by 3",
+    (130, 20, 100): "100 classes, rows past 128 by 2",
+    (9, 31, 1000): "1000 classes, few rows",
+    (64, 64, 16): "nothing left over at any block size",
+    (1027, 5, 3): "many blocks of rows, so partial sums are folded",
+}
+
+# (h, weight), the mixed ones as autocast gives them.
+DTYPES = {
+    "f32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "f16": (torch.float16, torch.float16),
+    "bf16-f32": (torch.bfloat16, torch.float32),
+    "f16-f32": (torch.float16, torch.float32),
+    "f32-bf16": (torch.float32, torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    scale: Tensor
+    row_scale: Tensor | None
+    activation: str = "none"
+    ignore_index: int = -100
+
+    def run(self) -> ops.CriticHead:
+        return ops.critic_head(*self.arguments())
+
+    def wgrad(self, dlogits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        assert self.row_scale is not None
+        return ops.critic_head_wgrad(self.h, dlogits, self.row_scale, self.activation, dtype)
+
+    def exact(self) -> ops.CriticHead:
+        """By the formula in float64, from these very inputs."""
+        wide = {
+            name: None if x is None else x.double()
+            for name in ("h", "weight", "bias", "scale", "row_scale")
+            for x in (getattr(self, name),)
+        }
+        return replace(self, **wide).formula()
+
+    def plain(self) -> ops.CriticHead:
+        """By plain torch in the same precision: operands rounded to h's dtype as by autocast, fp32 sums."""
+        rounded = {
+            name: None if x is None else x.to(self.h.dtype).to(x.dtype)
+            for name in ("weight", "bias")
+            for x in (getattr(self, name),)
+        }
+        return replace(self, **rounded).formula()
+
+    def formula(self) -> ops.CriticHead:
+        return ops.CriticHead(*formula(*self.arguments()))
+
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def largest_logit(self) -> float:
+        a = self.h.double().relu() if self.activation == "relu" else self.h.double()
+        logits = a @ self.weight.double().T
+        if self.bias is not None:
+            logits = logits + self.bias.double()
+        finite = logits[logits.isfinite()]
+        return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def make(
+    rows: int,
+    depth: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    bias: bool = True,
+    activation: str = "none",
+    with_row_scale: bool = True,
+) -> Case:
+    """Logits of order 1, so the softmax is neither flat nor saturated; row_scale of both signs and zero."""
+    draw = torch.Generator().manual_seed(rows * 7919 + depth * 31 + classes)
+    weight_dtype = weight_dtype or dtype
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    sign = torch.randint(-1, 2, (rows,), generator=draw)
+    return Case(
+        h=normal(rows, depth).to(device, dtype),
+        weight=(normal(classes, depth) / math.sqrt(depth)).to(device, weight_dtype),
+        bias=normal(classes).to(device, weight_dtype) if bias else None,
+        target=torch.randint(0, classes, (rows,), generator=draw).to(device),
+        scale=torch.tensor(1 / max(rows, 1), device=device),
+        row_scale=(sign / max(rows, 1)).float().to(device) if with_row_scale else None,
+        activation=activation,
+    )
+
+
+def check(case: Case, out: ops.CriticHead) -> None:
+    """Every output of `case` within the error rule."""
+    exact, plain = case.exact(), case.plain()
+    fine = torch.finfo(torch.float32).eps
+    of_h = torch.finfo(case.h.dtype).eps
+    # The loss is a difference of numbers as large as the logits.
+    assert_rule("loss", out.loss, plain.loss, exact.loss, fine, max(1.0, case.largest_logit()))
+    assert_rule("dlogits", out.dlogits, plain.dlogits, exact.dlogits, of_h)
+    assert_rule("dh", out.dh, plain.dh, exact.dh, of_h)
+    assert out.loss.dtype == torch.float32
+    assert out.dlogits.dtype == out.dh.dtype == case.h.dtype
+    if case.row_scale is None:
+        assert out.dweight is None and out.dbias is None
+        return
+    assert out.dweight is not None and out.dbias is not None
+    check_wgrad(case, out.dweight, out.dbias)
+    assert out.dweight.dtype == out.dbias.dtype == case.weight.dtype
+
+
+def check_wgrad(case: Case, dweight: Tensor, dbias: Tensor) -> None:
+    """Both weight gradients of `case` within the error rule, whatever dtype they come in."""
+    exact, plain = case.exact(), case.plain()
+    assert exact.dweight is not None and exact.dbias is not None
+    assert plain.dweight is not None and plain.dbias is not None
+    eps = max(torch.finfo(case.h.dtype).eps, torch.finfo(dweight.dtype).eps)
+    assert_rule("dweight", dweight, plain.dweight, exact.dweight, eps)
+    assert_rule("dbias", dbias, plain.dbias, exact.dbias, eps)
