@@ -1,0 +1,45 @@
+"""Critics: the small heads a group of layers learns from.
+
+`build("conv_fc:convs=3,filters=64", (128, 16, 16), 10)` makes one for a group whose output is 128 x 16 x 16.
+"""
+
+from __future__ import annotations
+
+from lct_fast._spec import parse_spec
+from lct_fast.critics.base import Critic
+from lct_fast.critics.conv_fc import ConvFcCritic
+from lct_fast.critics.linear import LinearCritic, PooledLinearCritic
+
+_CRITICS: dict[str, type[Critic]] = {
+    "conv_fc": ConvFcCritic,
+    "linear": LinearCritic,
+    "pooled_linear": PooledLinearCritic,
+}
+
+
+def names() -> list[str]:
+    """Names `build` knows, sorted."""
+    return sorted(_CRITICS)
+
+
+def build(spec: str, shape: tuple[int, ...], num_classes: int) -> Critic:
+    """A new critic, in training mode, weights drawn from torch's global generator.
+
+    Args:
+        spec: `"name"` or `"name:key=value,key=value"`, see `names()`; the options are the keyword arguments
+            of the critic's class.
+        shape: the group's output without the batch, (C, H, W) or (D,).
+        num_classes: classes.
+
+    Raises:
+        ValueError: unknown name or option, a bad value, or a shape the critic cannot take.
+    """
+    name, options = parse_spec(spec, "critic", _CRITICS)
+    if len(shape) not in (1, 3) or min(shape) < 1:
+        raise ValueError(f"critic {name!r}: expected a positive shape (C, H, W) or (D,), got {tuple(shape)}")
+    if num_classes < 1:
+        raise ValueError(f"critic {name!r}: num_classes must be at least 1, got {num_classes}")
+    return _CRITICS[name](tuple(shape), num_classes, **options)
+
+
+__all__ = ["Critic", "build", "names"]

@@ -1,0 +1,75 @@
+"""Networks as `nn.Sequential`s of named units, so that a cut can stand between any two of them.
+
+`build("lct_vgg:width=0.25", num_classes=10)` makes one. The last unit is always `head`, an `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lct_fast._init import he_init
+from lct_fast._spec import parse_spec
+from lct_fast.models.digits_cnn import SPLITS as _DIGITS_SPLITS
+from lct_fast.models.digits_cnn import digits_cnn
+from lct_fast.models.lct_vgg import SPLITS as _VGG_SPLITS
+from lct_fast.models.lct_vgg import lct_vgg
+
+_MODELS: dict[str, Callable[..., nn.Sequential]] = {
+    "digits_cnn": digits_cnn,
+    "lct_vgg": lct_vgg,
+}
+
+_SPLITS: dict[str, dict[int, list[str]]] = {"digits_cnn": _DIGITS_SPLITS, "lct_vgg": _VGG_SPLITS}
+
+
+def names() -> list[str]:
+    """Names `build` knows, sorted."""
+    return sorted(_MODELS)
+
+
+def build(spec: str, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Sequential:
+    """A new network, in training mode, He-initialised from torch's global generator.
+
+    Input [N, in_channels, image_size, image_size], output logits [N, num_classes].
+
+    Args:
+        spec: `"name"` or `"name:key=value,key=value"`, see `names()`; every model takes width=, a factor
+            on its channels, and the other keyword arguments of its function.
+        num_classes: classes.
+        in_channels: channels of the images.
+        image_size: side of the (square) images in pixels.
+
+    Raises:
+        ValueError: unknown name or option, a bad value, or images the network cannot take.
+    """
+    name, options = parse_spec(spec, "model", _MODELS)
+    sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    for what, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"model {name!r}: {what} must be at least 1, got {value}")
+    try:
+        net = _MODELS[name](num_classes, in_channels, image_size, **options)
+    except ValueError as error:
+        raise ValueError(f"model {spec!r}: {error}") from None
+    head = net[-1]
+    he_init(net, head if isinstance(head, nn.Linear) else None)
+    return net
+
+
+def default_splits(spec_name: str, groups: int) -> list[str] | None:
+    """Names of the units that start groups 2..`groups` where the model's authors say so, else None.
+
+    A name is the unit's qualified name, "layer2" or "layer2.0". Options in `spec_name` are ignored.
+
+    Raises:
+        ValueError: unknown model.
+    """
+    name = spec_name.partition(":")[0].strip()
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(names())}")
+    return [] if groups == 1 else list(_SPLITS.get(name, {}).get(groups, [])) or None
+
+
+__all__ = ["build", "default_splits", "names"]
