@@ -19,8 +19,8 @@ def parse_spec(
     Args:
         spec: `"name"` or `"name:key=value,key=value"`; spaces around the parts are ignored.
         kind: what is being chosen, for messages ("model", "critic").
-        builders: name -> callable whose keyword-only parameters are the options, each with an int, float or str
-            default.
+        builders: name -> callable whose keyword-only parameters are the options, each with an int, float or
+            str default.
 
     Raises:
         ValueError: unknown name or option, an option given twice, or a value of the wrong type; one line

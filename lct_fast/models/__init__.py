@@ -6,22 +6,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from lct_fast._init import he_init
 from lct_fast._spec import parse_spec
-from lct_fast.models.digits_cnn import SPLITS as _DIGITS_SPLITS
-from lct_fast.models.digits_cnn import digits_cnn
-from lct_fast.models.lct_vgg import SPLITS as _VGG_SPLITS
-from lct_fast.models.lct_vgg import lct_vgg
+from lct_fast.models import dgl_cnn, digits_cnn, lct_vgg, mlp, preact_resnet, wide_resnet
 
 _MODELS: dict[str, Callable[..., nn.Sequential]] = {
-    "digits_cnn": digits_cnn,
-    "lct_vgg": lct_vgg,
+    "dgl_cnn": dgl_cnn.dgl_cnn,
+    "digits_cnn": digits_cnn.digits_cnn,
+    "lct_vgg": lct_vgg.lct_vgg,
+    "mlp": mlp.mlp,
+    **{f"preact_resnet{d}": partial(preact_resnet.preact_resnet, d) for d in preact_resnet.DEPTHS},
+    "wide_resnet": wide_resnet.wide_resnet,
 }
 
-_SPLITS: dict[str, dict[int, list[str]]] = {"digits_cnn": _DIGITS_SPLITS, "lct_vgg": _VGG_SPLITS}
+_SPLITS: dict[str, dict[int, list[str]]] = {
+    "dgl_cnn": dgl_cnn.SPLITS,
+    "digits_cnn": digits_cnn.SPLITS,
+    "lct_vgg": lct_vgg.SPLITS,
+    **{f"preact_resnet{depth}": splits for depth, splits in preact_resnet.SPLITS.items()},
+}
 
 
 def names() -> list[str]:

@@ -99,10 +99,3 @@ def check_image(image_size: int, smallest: int) -> None:
     """
     if image_size < smallest:
         raise ValueError(f"images must be at least {smallest} pixels a side, got {image_size}")
-
-
-def halved(size: int, times: int) -> int:
-    """Side of a feature map after `times` stride-2, padding-1, 3x3 convolutions."""
-    return -(-size // 2**times)
-
-
