@@ -1,0 +1,23 @@
+// Which instruction set the CPU kernels use.
+//
+// Every *_simd.cpp is compiled once a level, in a namespace named after it, with that level's compiler flags.
+// Such a file may include nothing whose inline functions the linker could merge across levels (no standard
+// containers or algorithms): the copy kept might use instructions that this CPU lacks.
+#pragma once
+
+namespace lct {
+
+enum class SimdLevel : int { scalar = 0, avx2 = 1, avx512 = 2 };
+
+inline const char* name_of(SimdLevel level) {
+  return level == SimdLevel::avx512 ? "avx512" : level == SimdLevel::avx2 ? "avx2" : "scalar";
+}
+
+// The best one that both this CPU and this build have.
+SimdLevel best_simd_level();
+
+// The one in use: the best, unless a test has chosen a lower one.
+SimdLevel simd_level();
+void set_simd_level(SimdLevel level);
+
+}  // namespace lct
