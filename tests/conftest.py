@@ -21,6 +21,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.ladder import PLACES, Place  # noqa: E402 (needs the two lines above)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shard", help="I/N: run every N-th test, from the I-th: one of N processes", metavar="I/N"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard = config.getoption("--shard")
+    if shard:
+        index, count = map(int, shard.split("/"))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != index])
+        items[:] = items[index::count]
+
+
 def pytest_report_header() -> str:
     places = ", ".join(map(str, PLACES))
     missing = "" if torch.cuda.is_available() else " (no CUDA device: triton is interpreted, cuda is not run)"

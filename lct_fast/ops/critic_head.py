@@ -4,6 +4,7 @@ The formula is in `lct_fast.reference.critic_head`, the kernels' contract in csr
 This file holds the op itself: schema, checks, shapes, autograd formula and backends.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from lct_fast import _native
 from lct_fast.ops import available
 from lct_fast.ops.backend import Backend, Op
+from lct_fast.ops.register import register
 from lct_fast.reference import critic_head as reference
 
 _NATIVE_DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -74,9 +76,7 @@ def critic_head(
         TypeError: a dtype does not fit.
         BackendError: the backend asked for cannot run here.
     """
-    out = torch.ops.lct.critic_head.default(
-        h, weight, bias, target, scale, row_scale, activation, ignore_index
-    )
+    out = _critic_head(h, weight, bias, target, scale, row_scale, activation, ignore_index)
     if row_scale is None:
         return CriticHead(out[0], out[1], out[2], None, None)
     return CriticHead(*out)
@@ -106,7 +106,8 @@ def critic_head_wgrad(
     Raises:
         ValueError, TypeError, BackendError: as `critic_head`.
     """
-    return torch.ops.lct.critic_head_wgrad.default(h, dlogits, row_scale, activation, dtype)
+    dweight, dbias = _critic_head_wgrad(h, dlogits, row_scale, activation, dtype)
+    return dweight, dbias
 
 
 def _check_h(h: Tensor, activation: str) -> None:
@@ -205,7 +206,7 @@ def _run(
     ignore_index: int,
 ) -> Outputs:
     _check(h, weight, bias, target, scale, row_scale, activation)
-    run = _HEAD.resolve(h.device.type, h.dtype)
+    run: Callable[..., Outputs] = _HEAD.resolve(h.device.type, h.dtype)
     if h.shape[0] == 0:
         return _nothing(h, weight, row_scale)
     return run(
@@ -225,7 +226,7 @@ def _run_wgrad(
 ) -> tuple[Tensor, Tensor]:
     out = _wgrad_dtype(h, dtype)
     _check_wgrad(h, dlogits, row_scale, activation, out)
-    run = _WGRAD.resolve(h.device.type, h.dtype)
+    run: Callable[..., tuple[Tensor, Tensor]] = _WGRAD.resolve(h.device.type, h.dtype)
     if h.shape[0] == 0:
         dweight, dbias = _empty_wgrad(h, dlogits, out)
         return dweight.zero_(), dbias.zero_()
@@ -356,8 +357,9 @@ def _native_head(
     out = loss, dlogits, dh, dweight, dbias = _empty(h, weight, row_scale)
     classes, depth = weight.shape
     sizes = (h.shape[0], depth, classes, _NATIVE_DTYPE[h.dtype], _NATIVE_DTYPE[weight.dtype])
+    where: tuple[int, ...]
     if h.is_cuda:
-        call, where = native.critic_head_cuda, _place(h)
+        call, where = native.critic_head_cuda, _device_and_stream(h)
         size = native.critic_head_cuda_workspace(*sizes, row_scale is not None, where[0])
     else:
         call, where = native.critic_head_cpu, (torch.get_num_threads(),)
@@ -391,8 +393,9 @@ def _native_wgrad(
     out = dweight, dbias = _empty_wgrad(h, dlogits, dtype)
     classes, depth = dweight.shape
     sizes = (h.shape[0], depth, classes, _NATIVE_DTYPE[h.dtype], _NATIVE_DTYPE[dtype])
+    where: tuple[int, ...]
     if h.is_cuda:
-        call, where = native.critic_head_wgrad_cuda, _place(h)
+        call, where = native.critic_head_wgrad_cuda, _device_and_stream(h)
         size = native.critic_head_wgrad_cuda_workspace(*sizes, where[0])
     else:
         call, where = native.critic_head_wgrad_cpu, (torch.get_num_threads(),)
@@ -412,7 +415,7 @@ def _native_wgrad(
     return out
 
 
-def _place(h: Tensor) -> tuple[int, int]:
+def _device_and_stream(h: Tensor) -> tuple[int, int]:
     index = h.get_device()
     return index, torch.cuda.current_stream(index).cuda_stream
 
@@ -431,7 +434,7 @@ def _triton_head(
 
     out = loss, dlogits, dh, dweight, dbias = _empty(h, weight, row_scale)
     gradients = (None, None) if row_scale is None else (dweight, dbias)
-    with torch.cuda.device_of(h):
+    with torch.cuda.device(h.get_device()):
         kernels.critic_head(
             h, weight, bias, target, scale, row_scale, activation, ignore_index, loss, dlogits, dh, *gradients
         )
@@ -444,7 +447,7 @@ def _triton_wgrad(
     from lct_fast.kernels import critic_head as kernels
 
     out = _empty_wgrad(h, dlogits, dtype)
-    with torch.cuda.device_of(h):
+    with torch.cuda.device(h.get_device()):
         kernels.critic_head_wgrad(h, dlogits, row_scale, activation, *out)
     return out
 
@@ -473,19 +476,17 @@ _WGRAD = Op(
     _PREFERENCE,
 )
 
-_LIB = torch.library.Library("lct", "FRAGMENT")
-_LIB.define(
+_critic_head = register(
     "critic_head(Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor scale, Tensor? row_scale, "
     "str activation, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _run,
+    _fake,
+    _setup_context,
+    _backward,
 )
-_LIB.define(
+_critic_head_wgrad = register(
     "critic_head_wgrad(Tensor h, Tensor dlogits, Tensor row_scale, str activation, "
     "ScalarType? dtype=None) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _run_wgrad,
+    _fake_wgrad,
 )
-_LIB.impl("critic_head", _run, "CompositeExplicitAutograd")
-_LIB.impl("critic_head_wgrad", _run_wgrad, "CompositeExplicitAutograd")
-torch.library.register_fake("lct::critic_head", _fake, lib=_LIB)
-torch.library.register_fake("lct::critic_head_wgrad", _fake_wgrad, lib=_LIB)
-torch.library.register_autograd("lct::critic_head", _backward, setup_context=_setup_context, lib=_LIB)

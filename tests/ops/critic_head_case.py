@@ -56,7 +56,7 @@ class Case:
 
     def exact(self) -> ops.CriticHead:
         """By the formula in float64, from these very inputs."""
-        wide = {
+        wide: dict[str, Any] = {
             name: None if x is None else x.double()
             for name in ("h", "weight", "bias", "scale", "row_scale")
             for x in (getattr(self, name),)
@@ -65,12 +65,16 @@ class Case:
 
     def plain(self) -> ops.CriticHead:
         """By plain torch in the same precision: operands rounded to h's dtype as by autocast, fp32 sums."""
-        rounded = {
+        rounded: dict[str, Any] = {
             name: None if x is None else x.to(self.h.dtype).to(x.dtype)
             for name in ("weight", "bias")
             for x in (getattr(self, name),)
         }
         return replace(self, **rounded).formula()
+
+    def to(self, device: str) -> "Case":
+        moved: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in self.arguments()]
+        return Case(*moved)
 
     def formula(self) -> ops.CriticHead:
         return ops.CriticHead(*formula(*self.arguments()))
