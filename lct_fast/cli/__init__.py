@@ -1,0 +1,42 @@
+"""The command line: lct-fast = python -m lct_fast. Exit status 0 done, 1 a check failed, 2 a clear refusal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import lct_fast
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    from lct_fast.cli import evaluate, export, info, report, train
+    from lct_fast.engine import OutOfMemoryError
+    from lct_fast.ops import BackendError
+
+    parser = argparse.ArgumentParser(
+        prog="lct-fast", description="Train networks cut into groups, without backward locking."
+    )
+    parser.add_argument("--version", action="version", version=lct_fast.__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (train, evaluate, export, report, info):
+        command.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, OutOfMemoryError, BackendError) as error:
+        if os.environ.get("LCT_TRACEBACK") == "1":
+            raise
+        print(f"lct-fast {args.command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"lct-fast {args.command}: interrupted; a training run goes on with --resume", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

@@ -1,0 +1,96 @@
+"""Every exit of a trained network: accuracy, progressive inference, ensemble (arXiv 2102.01963)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lct_fast.engine.group import Group
+from lct_fast.methods import Objective
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Per exit: mean loss and accuracy (fractions), over ``samples`` samples."""
+
+    samples: int
+    loss: list[float]
+    accuracy: list[float]
+
+
+@dataclass(slots=True)
+class Progressive:
+    """Accuracy when each sample leaves at the first exit whose top probability passes the threshold."""
+
+    threshold: float
+    accuracy: float
+    leaving: list[float]
+
+
+def exit_logits(groups: Sequence[Group], x: Tensor) -> list[Tensor]:
+    """Logits [N, V] of every exit, fp32, on the last group's device; groups should be in evaluation mode."""
+    logits = []
+    h = x
+    for group in groups:
+        h = group.layers(h.to(_device(group, h)))
+        logits.append(group.critic(h).float())
+    return [z.to(logits[-1].device) for z in logits]
+
+
+def _device(group: Group, h: Tensor) -> torch.device:
+    return next((p.device for p in group.parameters()), h.device)
+
+
+@torch.no_grad()
+def collect(groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Logits of every exit and the labels over all batches, on the CPU. Modes of the groups are kept."""
+    modes = [g.training for g in groups]
+    for g in groups:
+        g.eval()
+    try:
+        parts: list[list[Tensor]] = [[] for _ in groups]
+        labels = []
+        for x, y in batches:
+            for part, z in zip(parts, exit_logits(groups, x), strict=True):
+                part.append(z.cpu())
+            labels.append(y.cpu())
+    finally:
+        for g, mode in zip(groups, modes, strict=True):
+            g.train(mode)
+    if not labels:
+        raise ValueError("evaluation: expected at least one batch, got none")
+    return [torch.cat(p) for p in parts], torch.cat(labels)
+
+
+def evaluate(groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]], objective: Objective) -> Evaluation:
+    """Loss and accuracy of every exit."""
+    logits, labels = collect(groups, batches)
+    scale = objective.scale(labels)
+    loss = [float((objective.per_sample(z, labels).sum() * scale)) for z in logits]
+    return Evaluation(len(labels), loss, [accuracy(z, labels) for z in logits])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Fraction of rows whose largest logit is the label's (soft labels: their largest)."""
+    hard = labels.argmax(1) if labels.is_floating_point() else labels
+    return float((logits.argmax(1) == hard).double().mean())
+
+
+def progressive(logits: Sequence[Tensor], labels: Tensor, threshold: float) -> Progressive:
+    """Progressive inference: leave at the first exit whose top softmax reaches ``threshold`` in (0, 1]."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"progressive threshold: expected a value in (0, 1], got {threshold}")
+    sure = torch.stack([z.softmax(1).amax(1) >= threshold for z in logits])
+    sure[-1] = True
+    leave = sure.int().argmax(0)
+    prediction = torch.stack([z.argmax(1) for z in logits]).gather(0, leave[None])[0]
+    shares = [float((leave == k).double().mean()) for k in range(len(logits))]
+    return Progressive(threshold, float((prediction == labels).double().mean()), shares)
+
+
+def ensemble(logits: Sequence[Tensor], labels: Tensor) -> float:
+    """Accuracy of the sum of all exits' logits."""
+    return accuracy(torch.stack(list(logits)).sum(0), labels)

@@ -1,0 +1,157 @@
+"""Local critic training (LCT): arXiv 2102.01963 (and 1805.01128)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lct_fast import ops
+from lct_fast.critics import Critic
+from lct_fast.methods.method import (
+    GroupLike,
+    LocalStep,
+    Method,
+    OptimizerFactory,
+    Slot,
+    Span,
+    accumulate,
+    joint_step,
+    no_span,
+)
+from lct_fast.methods.objective import Objective
+
+
+def _paper_adam(params: object) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=1e-4)  # type: ignore[arg-type]
+
+
+class LocalCritic(Method):
+    """Groups learn from their critic's loss, critics from the distance to the next critic's loss.
+
+    Group k < K takes d mean(L_k) / d h_k; critic k takes the gradient of mean |L_k - L_{k+1}| with L_{k+1}
+    held fixed (the cascaded L1 loss of arXiv 2102.01963); the last group takes its own loss.
+
+    Both gradients come from one backward: d|L_k - L_{k+1}|/d phi = s dL_k/d phi with
+    s_n = sign(L_k,n - L_{k+1},n), and back-propagation through a critic whose rows are independent is linear
+    in each row. So the pass that gives the group's gradient also leaves, in a ``Slot``, each layer's input and
+    cotangent; once s is known, each weight gradient is local to its layer. The critic's weights may have
+    moved in between: the cotangents were made with those that were in force.
+
+    Args:
+        critic_every: update the critics on every n-th update.
+        loss: ``"l1"``, the paper's, or ``"one_sided"``, max(0, L_k - L_{k+1}), which only replaces s by
+            {0, 1}.
+        critic_optimizer: factory ``params -> optimizer``; Adam 1e-4 when None, as in the paper.
+    """
+
+    name = "local-critic"
+    uses_feedback = True
+    joint_optimizer = False
+
+    def __init__(
+        self, critic_every: int = 1, loss: str = "l1", critic_optimizer: OptimizerFactory | None = None
+    ) -> None:
+        if critic_every < 1:
+            raise ValueError(f"critic_every: expected an integer >= 1, got {critic_every}")
+        if loss not in ("l1", "one_sided"):
+            raise ValueError(f"critic loss: expected 'l1' or 'one_sided', got {loss!r}")
+        self.critic_every = critic_every
+        self.loss = loss
+        self.critic_optimizer = critic_optimizer or _paper_adam
+
+    def check(self, critics: list[Critic]) -> None:
+        for k, critic in enumerate(critics, 1):
+            late = {id(p) for _, m in _parametric(critic) for p in m.parameters()}
+            late |= {id(p) for p in critic.head.parameters()}
+            stray = [name for name, p in critic.named_parameters() if id(p) not in late]
+            if stray or not critic.row_independent:
+                reason = f"parameters {', '.join(stray)}" if stray else "rows coupled by batch norm"
+                raise ValueError(
+                    f"local-critic needs critics of convolutions and linear layers, whose rows are independent: "
+                    f"critic {k} ({type(critic).__name__}) has {reason}; use conv_fc, linear or "
+                    f"pooled_linear, or train it with greedy"
+                )
+
+    def wants_feedback(self, update: int) -> bool:
+        return update % self.critic_every == 0
+
+    def local_step(
+        self, group: GroupLike, x: Tensor, target: Tensor, objective: Objective, scale: Tensor,
+        *, keep_slot: bool = False, span: Span = no_span,
+    ) -> LocalStep:
+        if group.last:
+            return joint_step(group, x, target, objective, scale, span=span)
+        critic = group.critic
+        with span("forward"):
+            out = group.layers(x)
+        with span("critic"):
+            h = out.detach().requires_grad_()
+            with _recorded(critic) as tape:
+                u = critic.features(h)
+            step = objective(critic.head, u.detach(), target, scale, activation=critic.activation)
+            names = list(tape) if keep_slot else []
+            delta, *cotangents = torch.autograd.grad(u, [h, *(tape[n][1] for n in names)], step.du)
+        with span("backward"):
+            out.backward(delta)
+        slot = None
+        if keep_slot:
+            layers = {n: (tape[n][0].detach(), g) for n, g in zip(names, cotangents, strict=True)}
+            slot = Slot(u.detach(), step.dlogits, step.loss, scale, layers)
+        return LocalStep(out.detach(), step.loss, slot)
+
+    def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor) -> None:
+        difference = slot.loss - next_loss
+        sign = difference.sign() if self.loss == "l1" else (difference > 0).to(difference.dtype)
+        dweight, dbias = ops.critic_head_wgrad(
+            slot.u, slot.dlogits, sign * slot.scale, critic.activation, dtype=critic.head.weight.dtype
+        )
+        accumulate(critic.head.weight, dweight)
+        accumulate(critic.head.bias, dbias)
+        modules = dict(critic.named_modules())
+        for name, (x, cotangent) in slot.layers.items():
+            g = cotangent * sign.to(cotangent.dtype).view(-1, *[1] * (cotangent.dim() - 1))
+            _layer_weight_gradient(modules[name], x, g)
+
+
+def _parametric(critic: Critic) -> list[tuple[str, nn.Module]]:
+    """The layers inside a critic's features whose weight gradient is known from input and cotangent."""
+    return [
+        (name, m) for name, m in critic.named_modules() if m is not critic.head and isinstance(m, nn.Conv2d | nn.Linear)
+    ]
+
+
+@contextmanager
+def _recorded(critic: Critic) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collects (input, output) of every parametric layer of the critic's features while it runs."""
+    tape: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        m.register_forward_hook(lambda _m, args, out, name=name: tape.__setitem__(name, (args[0], out)))  # type: ignore[misc]
+        for name, m in _parametric(critic)
+    ]
+    try:
+        yield tape
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layer_weight_gradient(layer: nn.Module, x: Tensor, g: Tensor) -> None:
+    """Adds the weight and bias gradient of a layer from its input and the gradient at its output."""
+    if isinstance(layer, nn.Linear):
+        rows, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        accumulate(layer.weight, rows.t() @ x.to(rows.dtype))
+        accumulate(layer.bias, rows.sum(0) if layer.bias is not None else None)
+        return
+    if not isinstance(layer, nn.Conv2d):
+        raise TypeError(f"no weight gradient rule for {type(layer).__name__}")
+    bias = layer.bias is not None
+    x = x.to(g.dtype)
+    _, dweight, dbias = torch.ops.aten.convolution_backward(
+        g, x, layer.weight.detach().to(g.dtype), [layer.out_channels] if bias else None, list(layer.stride),
+        list(layer.padding), list(layer.dilation), False, [0, 0], layer.groups, [False, True, bias],
+    )
+    accumulate(layer.weight, dweight)
+    accumulate(layer.bias, dbias if bias else None)

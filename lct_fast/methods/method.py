@@ -1,0 +1,115 @@
+"""The interface of a method: what one group does with one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lct_fast.critics import Critic
+from lct_fast.methods.objective import Objective
+
+Span = Callable[[str], AbstractContextManager[Any]]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def no_span(name: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+class GroupLike(Protocol):
+    """What a method sees of a group: layers, the head on its output, and whether it is the last."""
+
+    layers: Callable[[Tensor], Tensor]
+    critic: Critic
+    last: bool
+
+
+@dataclass(slots=True)
+class Slot:
+    """What the late weight gradient of a critic needs, frozen when the batch passed.
+
+    ``layers`` maps the name of each parametric layer in the critic's features to (input, cotangent at its
+    output); the cotangents carry ``scale``.
+    """
+
+    u: Tensor
+    dlogits: Tensor
+    loss: Tensor
+    scale: Tensor
+    layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class LocalStep:
+    """Result of one local step: h_k (detached), loss [N] of the head on it, and the slot for late feedback."""
+
+    h: Tensor
+    loss: Tensor
+    slot: Slot | None = None
+
+
+class Method:
+    """One way for groups to learn. A method leaves gradients in ``.grad``; the engine clips and updates."""
+
+    name: str
+    # The next group's per-sample loss travels back over each cut.
+    uses_feedback = False
+    # Every group but the last has a head of its own.
+    uses_critics = True
+    # The critic's parameters belong to the group's optimiser.
+    joint_optimizer = True
+    # Factory of the optimiser of each critic; only read when joint_optimizer is False.
+    critic_optimizer: OptimizerFactory | None = None
+
+    def check(self, critics: list[Critic]) -> None:
+        """Refuse critics that this method cannot train."""
+
+    def wants_feedback(self, update: int) -> bool:
+        """Whether the critics learn from the batches of this update."""
+        return False
+
+    def local_step(
+        self, group: GroupLike, x: Tensor, target: Tensor, objective: Objective, scale: Tensor,
+        *, keep_slot: bool = False, span: Span = no_span,
+    ) -> LocalStep:
+        """Forward, local loss, local backward of one group on one batch; no gradient leaves the group."""
+        raise TypeError(f"{type(self).__name__} has no local step")
+
+    def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor) -> None:
+        """Add the critic's gradients, now that the next group's loss [N] on the same batch is known."""
+        raise TypeError(f"{type(self).__name__} takes no feedback")
+
+
+def accumulate(parameter: Tensor | None, gradient: Tensor | None) -> None:
+    """parameter.grad += gradient."""
+    if parameter is None or gradient is None or not parameter.requires_grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)
+
+
+def joint_step(
+    group: GroupLike, x: Tensor, target: Tensor, objective: Objective, scale: Tensor, *, span: Span = no_span
+) -> LocalStep:
+    """Layers and head learn together from the head's mean loss, in one backward."""
+    with span("forward"):
+        h = group.layers(x)
+    critic = group.critic
+    with span("critic"):
+        u = critic.features(h)
+        step = objective(critic.head, u.detach(), target, scale, activation=critic.activation,
+                         with_weight_gradient=True)
+        if critic.head is not None:
+            accumulate(critic.head.weight, step.dweight)
+            accumulate(critic.head.bias, step.dbias)
+    with span("backward"):
+        if u.requires_grad:
+            u.backward(step.du)
+    return LocalStep(h.detach(), step.loss)

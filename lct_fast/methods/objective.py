@@ -1,0 +1,106 @@
+"""What a head learns from: a per-sample loss and its gradients at the head's input and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lct_fast import ops
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class HeadStep:
+    """Loss [N] (fp32), dlogits [N, V] (never scaled), du [N, D] (scaled), and the head's gradients if asked for."""
+
+    loss: Tensor
+    dlogits: Tensor
+    du: Tensor
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+class Objective:
+    """Per-sample loss of logits against targets.
+
+    Cross-entropy with integer labels runs through the fused ``critic_head`` op. Soft labels (float targets
+    [N, V]) and a loss of the user's own run through torch.
+
+    Args:
+        loss: ``loss(logits [N, V] fp32, target) -> [N]``, without a reduction; None for cross-entropy.
+        ignore_index: integer label whose rows carry no loss and no gradient.
+    """
+
+    def __init__(self, loss: LossFunction | None = None, ignore_index: int = -100) -> None:
+        self.loss = loss
+        self.ignore_index = ignore_index
+
+    def scale(self, target: Tensor, divisor: int = 1) -> Tensor:
+        """1 / (rows that count * divisor), a 0-dim fp32 tensor on the target's device."""
+        if target.is_floating_point():
+            return torch.full((), 1.0 / (max(len(target), 1) * divisor), device=target.device)
+        counted = (target != self.ignore_index).sum().clamp(min=1)
+        return 1.0 / (counted * divisor).float()
+
+    def __call__(
+        self,
+        head: nn.Linear | None,
+        u: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        *,
+        activation: str = "none",
+        with_weight_gradient: bool = False,
+    ) -> HeadStep:
+        """Loss and gradients at ``u`` [N, D], the head's pre-activation input (detached by the caller).
+
+        ``scale`` is the factor of the mean; it reaches ``du``, ``dweight`` and ``dbias`` but not ``dlogits``.
+        """
+        if head is not None and self.loss is None and not target.is_floating_point():
+            row_scale = scale.expand(len(u)).contiguous() if with_weight_gradient else None
+            r = ops.critic_head(
+                u, head.weight.detach(), None if head.bias is None else head.bias.detach(), target, scale,
+                row_scale, activation, self.ignore_index,
+            )
+            return HeadStep(r.loss, r.dlogits, r.dh, r.dweight, r.dbias if head.bias is not None else None)
+        return self._in_torch(head, u, target, scale, activation, with_weight_gradient)
+
+    def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Loss [N] of logits [N, V], differentiable."""
+        if self.loss is None:
+            return F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore_index)
+        loss = self.loss(logits, target)
+        if loss.shape != logits.shape[:1]:
+            raise ValueError(
+                f"the loss must return one value a sample: expected shape {tuple(logits.shape[:1])}, got "
+                f"{tuple(loss.shape)}; use reduction='none'"
+            )
+        return loss
+
+    def _in_torch(
+        self, head: nn.Linear | None, u: Tensor, target: Tensor, scale: Tensor, activation: str, weights: bool
+    ) -> HeadStep:
+        a = u.relu() if activation == "relu" else u
+        with torch.no_grad():
+            logits = (a if head is None else F.linear(a, head.weight.to(a.dtype),
+                                                       None if head.bias is None else head.bias.to(a.dtype)))
+        wide = logits.float() if logits.dtype != torch.float64 else logits
+        with torch.enable_grad():
+            wide = wide.detach().requires_grad_()
+            loss = self.per_sample(wide, target)
+            (dlogits,) = torch.autograd.grad(loss.sum(), wide)
+        dweight = dbias = None
+        du = dlogits * scale
+        if head is not None:
+            if weights:
+                dweight = (du.t() @ a.to(du.dtype)).to(head.weight.dtype)
+                dbias = None if head.bias is None else du.sum(0).to(head.bias.dtype)
+            du = du @ head.weight.detach().to(du.dtype)
+        if activation == "relu":
+            du = du * (u > 0)
+        return HeadStep(loss.detach(), dlogits, du.to(u.dtype), dweight, dbias)
