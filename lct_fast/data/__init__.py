@@ -1,0 +1,78 @@
+"""Data sets of labelled images: scikit-learn's digits, CIFAR-10 and -100, and any tree of images.
+
+`load` gives a set as uint8 tensors, decoded once and cached; `Batches` iterates over it on the training
+device.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .batches import Batches
+from .errors import DataError
+from .image_data import ImageData, take
+
+__all__ = ["Batches", "DataError", "ImageData", "load", "names"]
+
+_FORMS = {
+    "digits": "digits",
+    "cifar10": "cifar10:PATH",
+    "cifar100": "cifar100:PATH",
+    "images": "images:PATH or images:PATH?size=64",
+}
+
+
+def names() -> list[str]:
+    """What can stand before the colon in a data spec."""
+    return list(_FORMS)
+
+
+def load(spec: str, cache: Path | None = None, limit: int | None = None) -> ImageData:
+    """The data set that ``spec`` names, in memory.
+
+    spec: "digits", "cifar10:PATH", "cifar100:PATH", "images:PATH", "images:PATH?size=64". PATH is a folder or
+    an archive (see docs/data.md). cache: folder for decoded sets; None: $LCT_CACHE, else ~/.cache/lct_fast.
+    limit: this many training images, balanced over the classes after a fixed shuffle; the test split stays
+    whole.
+
+    Raises DataError, one line, for an unknown name, a wrong path, or files that are missing, corrupt or not
+    as expected.
+    """
+    name, path, size = _parse(spec)
+    if path is None:
+        from .digits import load_digits
+
+        data = load_digits()
+    else:
+        from . import cifar, images
+        from .cache import read_through
+
+        source = images.locate(path, size) if name == "images" else cifar.locate(name, path)
+        data = read_through(source, cache)
+    return data if limit is None else take(data, limit)
+
+
+def _parse(spec: str) -> tuple[str, Path | None, int | None]:
+    """ "name:PATH?size=S" -> (name, PATH, S)."""
+    name, colon, rest = spec.partition(":")
+    if name not in _FORMS:
+        raise DataError(
+            f"data: expected one of {', '.join(_FORMS.values())}, got {spec!r}; choose one of them"
+        )
+    if name == "digits":
+        if colon:
+            raise DataError(f"data: expected digits alone, got {spec!r}; leave out what follows the name")
+        return name, None, None
+    size = None
+    option = re.search(r"\?(\w+)=([^/?]*)$", rest)
+    if option:
+        key, value = option.groups()
+        if name != "images" or key != "size" or not value.isdecimal() or int(value) < 1:
+            raise DataError(
+                f"data: expected the one option size=PIXELS, with images only, got {spec!r}; correct it"
+            )
+        rest, size = rest[: option.start()], int(value)
+    if not rest:
+        raise DataError(f"data: expected {_FORMS[name]}, got {spec!r}; say where the data is")
+    return name, Path(rest).expanduser(), size
