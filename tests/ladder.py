@@ -38,9 +38,9 @@ PLACES = _places()
 
 
 def assert_rule(
-    name: str, got: Tensor, plain: Tensor, exact: Tensor, eps: float, magnitude: float | None = None
+    name: str, got: Tensor, plain: Tensor, exact: Tensor, eps: float, terms: float = 0.0
 ) -> None:
-    """The error rule: max|got - exact| <= 2 max|plain - exact| + eps * max|exact|.
+    """The error rule: max|got - exact| <= 2 max|plain - exact| + eps * max|exact| + fp32 eps * terms.
 
     Args:
         name: what is compared, for the message.
@@ -48,7 +48,8 @@ def assert_rule(
         plain: the same from plain torch in the same precision.
         exact: the same in float64.
         eps: of the coarsest format that an operand or the result has.
-        magnitude: stands in for max|exact| where the result is a difference of larger numbers.
+        terms: the largest sum of absolute terms behind any value of the result. Where they cancel, fp32 sums
+            in two orders differ by this, however small the result.
     """
     got, plain, exact = (x.detach().cpu().double() for x in (got, plain, exact))
     if got.shape != exact.shape:
@@ -64,12 +65,12 @@ def assert_rule(
         return
     error = _largest(got[finite] - exact[finite])
     plain_error = _largest(plain[finite] - exact[finite])
-    size = _largest(exact[finite]) if magnitude is None else magnitude
-    allowed = 2 * plain_error + eps * size
+    size = _largest(exact[finite])
+    allowed = 2 * plain_error + eps * size + torch.finfo(torch.float32).eps * terms
     if not error <= allowed:
         raise AssertionError(
             f"{name}: error {error:.3e} > {allowed:.3e} = 2 x {plain_error:.3e} (plain torch) "
-            f"+ {eps:.1e} x {size:.3e}"
+            f"+ {eps:.1e} x {size:.3e} + fp32 eps x {terms:.3e} (terms)"
         )
 
 

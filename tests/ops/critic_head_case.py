@@ -82,13 +82,27 @@ class Case:
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
-    def largest_logit(self) -> float:
-        a = self.h.double().relu() if self.activation == "relu" else self.h.double()
-        logits = a @ self.weight.double().T
-        if self.bias is not None:
-            logits = logits + self.bias.double()
-        finite = logits[logits.isfinite()]
-        return float(finite.abs().max()) if finite.numel() else 0.0
+    def terms(self) -> dict[str, float]:
+        """The largest sum of absolute terms behind a value of each output, finite ones only."""
+        h, weight = self.h.double(), self.weight.double()
+        a = h.relu() if self.activation == "relu" else h
+        bias = torch.zeros_like(weight[:, 0]) if self.bias is None else self.bias.double()
+        logits = _largest(a.abs() @ weight.abs().T + bias.abs())
+        dlogits = self.exact().dlogits.abs()
+        factor = dlogits if self.row_scale is None else self.row_scale.double().abs()[:, None] * dlogits
+        return {
+            "loss": logits,
+            # exp turns an error of a logit into the same error relative to the softmax.
+            "dlogits": logits * _largest(dlogits),
+            "dh": _largest(self.scale.double() * (dlogits @ weight.abs())),
+            "dweight": _largest(factor.T @ a.abs()),
+            "dbias": _largest(factor.sum(0)),
+        }
+
+
+def _largest(x: Tensor) -> float:
+    finite = x[x.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def make(
@@ -123,28 +137,27 @@ def make(
 
 def check(case: Case, out: ops.CriticHead) -> None:
     """Every output of `case` within the error rule."""
-    exact, plain = case.exact(), case.plain()
+    exact, plain, terms = case.exact(), case.plain(), case.terms()
+    eps = torch.finfo(case.h.dtype).eps
     fine = torch.finfo(torch.float32).eps
-    of_h = torch.finfo(case.h.dtype).eps
-    # The loss is a difference of numbers as large as the logits.
-    assert_rule("loss", out.loss, plain.loss, exact.loss, fine, max(1.0, case.largest_logit()))
-    assert_rule("dlogits", out.dlogits, plain.dlogits, exact.dlogits, of_h)
-    assert_rule("dh", out.dh, plain.dh, exact.dh, of_h)
+    assert_rule("loss", out.loss, plain.loss, exact.loss, fine, terms["loss"])
+    assert_rule("dlogits", out.dlogits, plain.dlogits, exact.dlogits, eps, terms["dlogits"])
+    assert_rule("dh", out.dh, plain.dh, exact.dh, eps, terms["dh"])
     assert out.loss.dtype == torch.float32
     assert out.dlogits.dtype == out.dh.dtype == case.h.dtype
     if case.row_scale is None:
         assert out.dweight is None and out.dbias is None
         return
     assert out.dweight is not None and out.dbias is not None
-    check_wgrad(case, out.dweight, out.dbias)
     assert out.dweight.dtype == out.dbias.dtype == case.weight.dtype
+    check_wgrad(case, out.dweight, out.dbias)
 
 
 def check_wgrad(case: Case, dweight: Tensor, dbias: Tensor) -> None:
     """Both weight gradients of `case` within the error rule, whatever dtype they come in."""
-    exact, plain = case.exact(), case.plain()
+    exact, plain, terms = case.exact(), case.plain(), case.terms()
     assert exact.dweight is not None and exact.dbias is not None
     assert plain.dweight is not None and plain.dbias is not None
     eps = max(torch.finfo(case.h.dtype).eps, torch.finfo(dweight.dtype).eps)
-    assert_rule("dweight", dweight, plain.dweight, exact.dweight, eps)
-    assert_rule("dbias", dbias, plain.dbias, exact.dbias, eps)
+    assert_rule("dweight", dweight, plain.dweight, exact.dweight, eps, terms["dweight"])
+    assert_rule("dbias", dbias, plain.dbias, exact.dbias, eps, terms["dbias"])
