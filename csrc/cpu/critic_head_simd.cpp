@@ -255,16 +255,10 @@ LCT_INLINE void write(float* to, Vec x, int64_t n, bool streamed) {
   }
 }
 
-// dh of `valid` rows in `Vectors` vectors of one panel of columns.
-template <class H, int Rows, int Vectors>
-LCT_INLINE void input_tile(const CriticHeadWork& work, int64_t valid, const float* dlogits,
-                           const float* weight, const float* block, int64_t columns, float scale, H* dh) {
-  const int64_t classes = work.args.classes;
-  Vec sum[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) sum[r][j] = broadcast(0.0f);
+// sum += dlogits [Rows, classes] times weight [classes, Vectors].
+template <int Rows, int Vectors>
+LCT_INLINE void add_classes(const CriticHeadWork& work, int64_t classes, const float* dlogits,
+                            const float* weight, Vec (&sum)[Rows][Vectors]) {
   for (int64_t first = 0; first < classes; first += kClassPanel, dlogits += work.dlogits_stride) {
     const int n = static_cast<int>(least(kClassPanel, classes - first));
     for (int k = 0; k < n; ++k, weight += kColumnPanel) {
@@ -277,6 +271,40 @@ LCT_INLINE void input_tile(const CriticHeadWork& work, int64_t valid, const floa
 #pragma GCC unroll 4
         for (int j = 0; j < Vectors; ++j) sum[r][j] = fma(x, w[j], sum[r][j]);
       }
+    }
+  }
+}
+
+// dh of `valid` rows in `Vectors` vectors of one panel of columns.
+template <class H, int Rows, int Vectors>
+LCT_INLINE void input_tile(const CriticHeadWork& work, int64_t valid, const float* dlogits,
+                           const float* weight, const float* block, int64_t columns, float scale, H* dh) {
+  constexpr int64_t group = kClassGroup * kClassPanel;
+  const int64_t classes = work.args.classes;
+  Vec sum[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) sum[r][j] = broadcast(0.0f);
+  add_classes<Rows, Vectors>(work, least(group, classes), dlogits, weight, sum);
+  if (classes > group) {
+    // Many classes are summed in two levels, to be more exact; the upper one does not fit the registers.
+    float before[Rows][Vectors * kLanes];
+    for (int64_t first = group; first < classes; first += group) {
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) {
+          store(before[r] + j * kLanes, sum[r][j]);
+          sum[r][j] = broadcast(0.0f);
+        }
+      add_classes<Rows, Vectors>(work, least(group, classes - first),
+                                 dlogits + first / kClassPanel * work.dlogits_stride,
+                                 weight + first * kColumnPanel, sum);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) sum[r][j] = add(sum[r][j], load(before[r] + j * kLanes));
     }
   }
   const bool relu = work.args.activation == Activation::relu;
