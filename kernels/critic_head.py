@@ -8,10 +8,10 @@
     dweight  = sum_n row_scale_n * dlogits_n (x) a_n       only with row_scale
     dbias    = sum_n row_scale_n * dlogits_n
 
-The work is bound by memory: h is read, dh is written, and the rest is small while there are few classes. So
+While there are few classes the work is bound by memory: h is read, dh is written, the rest is small. So
 
-* `_resident_kernel` (a row of h fits in registers) reads h once. One program walks the row blocks of its
-  chunk with the weight tile at hand, and keeps its share of dweight in registers until the chunk ends.
+* `_resident_kernel` (rows short enough to stay in registers) reads h once. One program walks the row blocks
+  of its chunk with the weight tile at hand, and keeps its share of dweight in registers until the end.
 * `_tiled_kernel` (long rows) walks the depth twice, for the logits and for dh. It holds few rows at a time,
   so that the second walk can find them in L2. With up to 16 classes it also writes its rows' share of
   dweight.
@@ -68,11 +68,11 @@ class Tile(NamedTuple):
 
 
 # By bytes an element of h. The first tile that holds the shape is taken; the tiled kernel holds any depth,
-# the weight gradient any depth and class count. One table serves sm_80, sm_90 and sm_100: no tile spills on
-# sm_90, and shared memory stays under the 99 KB of the smaller sm_8x chips (but for the last fp32 tile).
+# the weight gradient any depth and class count. One table serves sm_80, sm_90 and sm_100: no tile spills,
+# and shared memory stays under the 99 KB of the smaller sm_8x chips (but for the last fp32 tile).
 RESIDENT = {
     2: (
-        Tile(64, 64, 16, 4, 3),
+        Tile(32, 64, 16, 4, 3),
         Tile(32, 128, 16, 4, 3),
         Tile(32, 256, 16, 8, 3),
         Tile(16, 512, 16, 8, 3),
@@ -95,14 +95,14 @@ TILED = {
         Tile(64, 32, 16, 4, 3),
         Tile(32, 32, 64, 4, 3),
         Tile(32, 32, 128, 8, 3),
-        Tile(16, 32, 256, 8, 2),
+        Tile(16, 16, 256, 8, 3),
         Tile(16, 16, 512, 8, 2),
         Tile(16, 16, 1024, 16, 1),
     ),
 }
 WGRAD = {
     2: (Tile(64, 64, 16, 4, 4), Tile(64, 64, 64, 4, 3), Tile(32, 128, 128, 8, 3)),
-    4: (Tile(32, 64, 16, 4, 3), Tile(32, 64, 64, 4, 3)),
+    4: (Tile(32, 64, 16, 4, 3), Tile(32, 64, 64, 8, 3)),
 }
 # Chips with 99 KB of shared memory for a block: too little for the last fp32 tile.
 SMALL_CHIPS = {(8, 6), (8, 9), (12, 0), (12, 1)}
@@ -437,7 +437,8 @@ def why_not(h: Tensor, weight: Tensor) -> str:
 
 def forward_tile(depth: int, classes: int, element_size: int) -> tuple[Tile, bool]:
     """Tile of the forward launch, and whether a whole row of h stays in registers (the resident kernel)."""
-    for tile in RESIDENT[element_size]:
+    # Rows that do not start on 16 bytes are loaded in small pieces, and their addresses fill the registers.
+    for tile in RESIDENT[element_size] if depth % 16 == 0 else ():
         if depth <= tile.depth and classes <= tile.classes:
             return tile, True
     return next(tile for tile in TILED[element_size] if classes <= tile.classes), False

@@ -1,0 +1,83 @@
+"""The Triton kernels of critic_head, compiled for three generations of GPUs: what came out.
+
+Needs no device. Compilation runs in processes of its own, without the interpreter that other tests use.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# All of a table costs half a minute: the whole of it where a spill would hurt most, else its ends.
+RUNS = [
+    ["90", "bf16"],
+    ["--few", "90", "fp16", "fp32"],
+    ["--few", "80", "bf16", "fp32"],
+    ["--few", "100", "bf16"],
+]
+SHARED_MEMORY = 99 * 1024
+# Of the one tile that small chips are refused; sm_80's limit.
+SHARED_MEMORY_WIDE = 163 * 1024
+
+
+def compile_all(arguments: list[str]) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.critic_head_aot", *arguments],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{arguments}: {done.stderr}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def built() -> list[dict[str, Any]]:
+    """One row a compiled kernel."""
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for part in pool.map(compile_all, RUNS) for row in part]
+    assert {row["capability"] for row in rows} == {80, 90, 100}
+    assert {row["kernel"] for row in rows} == {
+        "_resident_kernel",
+        "_tiled_kernel",
+        "_wgrad_kernel",
+        "_fold_kernel",
+    }
+    return rows
+
+
+def test_nothing_spills(built: list[dict[str, Any]]) -> None:
+    assert [row for row in built if row["stack"] or row["registers"] > 255] == []
+
+
+def test_shared_memory_fits(built: list[dict[str, Any]]) -> None:
+    for row in built:
+        wide = row["dtype"] == "fp32" and row["kernel"] == "_tiled_kernel" and row["tile"][2] > 512
+        assert row["shared"] <= (SHARED_MEMORY_WIDE if wide else SHARED_MEMORY), row
+
+
+def test_half_types_run_on_tensor_cores(built: list[dict[str, Any]]) -> None:
+    half = [row for row in built if row["needs_tensor_cores"]]
+    assert len(half) > 20
+    assert [row for row in half if not row["tensor_cores"]] == []
+    # Each generation's own instruction somewhere; the small tiles stay with mma.
+    for capability, own in ((80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma")):
+        assert any(own in row["tensor_cores"] for row in half if row["capability"] == capability), own
+
+
+def test_fp32_is_fp32(built: list[dict[str, Any]]) -> None:
+    assert any(row["dtype"] == "fp32" for row in built)
+    assert [row for row in built if row["tf32"]] == []
+    assert [row for row in built if row["dtype"] == "fp32" and row["tensor_cores"]] == []
+
+
+def test_no_double_precision_and_no_atomics(built: list[dict[str, Any]]) -> None:
+    assert [row for row in built if row["f64"] or row["atomics"]] == []
