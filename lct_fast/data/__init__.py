@@ -45,12 +45,21 @@ def load(spec: str, cache: Path | None = None, limit: int | None = None) -> Imag
 
         data = load_digits()
     else:
-        from . import cifar, images
-        from .cache import read_through
-
-        source = images.locate(path, size) if name == "images" else cifar.locate(name, path)
-        data = read_through(source, cache)
+        data = _read(name, path, size, cache)
     return data if limit is None else take(data, limit)
+
+
+def _read(name: str, path: Path, size: int | None, cache: Path | None) -> ImageData:
+    from . import cifar, images
+    from .cache import read_through
+
+    try:
+        source = images.locate(path, size) if name == "images" else cifar.locate(name, path)
+        return read_through(source, cache)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path}: expected to read it, got {error.strerror or error}; check the file"
+        ) from None
 
 
 def _parse(spec: str) -> tuple[str, Path | None, int | None]:

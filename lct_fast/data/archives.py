@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from .errors import DataError
+from .errors import DataError, reason
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".zip")
 # Above the largest file of the known archives, the 154 MB training pickle of CIFAR-100.
@@ -25,8 +25,7 @@ _BROKEN = (
     zlib.error,
     EOFError,
     OSError,
-    RuntimeError,  # an encrypted zip
-    NotImplementedError,  # an unknown zip compression method
+    RuntimeError,  # an encrypted zip, or (NotImplementedError) an unknown compression
     ValueError,
 )
 
@@ -45,8 +44,7 @@ def is_archive_name(path: Path) -> bool:
 
 
 def read_archive(path: Path, wanted: Callable[[str], bool]) -> Listing:
-    """The members whose names ``wanted`` admits, as bytes, and all folder names, of a tar (gz, xz, bz2) or
-    zip archive.
+    """The members that ``wanted`` admits, as bytes, and all folders of a tar (gz, xz, bz2) or zip archive.
 
     The format is told from the content. Hidden files are left out. Raises DataError for a file that is no
     archive, is corrupt or cut short, or has an unsafe member: an absolute name, "..", a link, a device, more
@@ -65,11 +63,9 @@ def read_archive(path: Path, wanted: Callable[[str], bool]) -> Listing:
     except DataError:
         raise
     except _BROKEN as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{path}: expected a whole tar (gz, xz, bz2) or zip archive, got one that cannot be read "
-            f"({reason}); "
-            "fetch or copy it again"
+            f"({reason(error)}); fetch or copy it again"
         ) from None
     return listing
 
@@ -113,7 +109,7 @@ def _safe_name(path: Path, raw: str) -> str:
     if name.startswith("/") or ".." in parts or (parts and parts[0].endswith(":")):
         raise DataError(
             f"{path}: expected names inside the archive, got {raw!r}; don't use an archive that reaches "
-            f"outside itself"
+            "outside itself"
         )
     return "/".join(parts)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -144,6 +143,6 @@ class Batches:
 
 def _mix(seed: int, epoch: int) -> int:
     """A generator seed from two integers; hashed, so that (1, 0) and (0, 1) have nothing in common."""
-    digest = hashlib.blake2b(struct.pack("<qq", seed, epoch), digest_size=8).digest()
-    # torch's CPU generator keeps 32 bits of the seed
-    return int.from_bytes(digest[:4], "little")
+    # Four bytes: torch's CPU generator keeps 32 bits of the seed.
+    digest = hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import secrets
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .errors import DataError
+from .errors import reason
 from .image_data import ImageData
 
 _log = logging.getLogger("lct_fast.data")
@@ -54,11 +54,7 @@ def read_through(source: Source, folder: Path | None) -> ImageData:
             return _load(path)
         # Damage shows as whatever safetensors, json or the checks of ImageData make of it.
         except Exception as error:
-            _log.warning(
-                "%s: damaged cache (%s), decoding again",
-                path,
-                str(error).splitlines()[0] if str(error) else error,
-            )
+            _log.warning("%s: damaged cache (%s), decoding again", path, reason(error))
     data = source.read()
     try:
         _save(data, path)
@@ -73,19 +69,15 @@ def cached_file(source: Source, folder: Path) -> Path:
     """Where the set belongs: named by kind and by a hash of the sources' absolute paths, sizes and times, and
     the options.
     """
-    try:
-        stats = [(str(file.resolve()), file.stat()) for file in sorted(source.files)]
-    except OSError as error:
-        raise DataError(
-            f"{error.filename}: expected a readable file, got {error.strerror}; check it"
-        ) from None
-    described = [_FORMAT, source.kind, str(source.path.resolve()), source.options]
+    stats = [(os.path.abspath(file), file.stat()) for file in sorted(source.files)]
+    described = [_FORMAT, source.kind, os.path.abspath(source.path), source.options]
     described.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return folder.expanduser() / f"{source.kind}-{digest[:16]}.safetensors"
 
 
 def _save(data: ImageData, path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {name: getattr(data, name).contiguous() for name in _TENSORS}
@@ -96,11 +88,13 @@ def _save(data: ImageData, path: Path) -> None:
         "checksum": _checksum(tensors),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    os.close(handle)
+    # A name of its own per writer: the ranks of one run may decode the same set at once.
+    temporary = path.with_name(f"{path.stem}-{secrets.token_hex(6)}.part")
     try:
         save_file(tensors, temporary, {"lct_fast": json.dumps(about)})
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     finally:
         # Gone already when all went well; left over when the disk is full or the user interrupts.
         with contextlib.suppress(FileNotFoundError):

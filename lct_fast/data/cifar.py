@@ -22,6 +22,8 @@ from .trees import is_image_name, is_split_name, labels_of, list_folder, make_tr
 
 _TRAIN_COUNT, _TEST_COUNT = 50_000, 10_000
 _SIDE = 32
+# Archives of this rank or more are trees, of which there may be several.
+_SHARDS = 2
 _PIXELS = 3 * _SIDE * _SIDE
 
 
@@ -107,11 +109,16 @@ def locate(name: str, path: Path) -> Source:
         files = [content for content in listing.files.values() if isinstance(content, Path)]
         return Source(name, path, files, {}, lambda: _read_tree(name, path, [listing], (str(path),)))
     taken, left = choose_archives(name, path)
+    if len(taken) > 1 and _rank(name, taken[0]) < _SHARDS:
+        raise DataError(
+            f"{name}: expected one original archive in {path}, got {', '.join(file.name for file in taken)}; "
+            "give the path of one of them"
+        )
     if not taken:
         raise DataError(
             f"{name}: expected the original files ({form.python_files[0]}, {form.binary_files[0]}), train/ "
-            f"and test/ folders, or "
-            f"archives named {name}* in {path}, got none of them; check the path or fetch {form.download}"
+            f"and test/ folders, or archives named {name}* in {path}, got none of them; check the path or "
+            f"fetch {form.download}"
         )
     return Source(name, path, taken, {}, lambda: _read_archives(name, path, taken, left))
 
@@ -128,17 +135,19 @@ def choose_archives(name: str, folder: Path) -> tuple[list[Path], list[Path]]:
         for file in folder.iterdir()
         if file.is_file() and is_archive_name(file) and pattern.match(file.name)
     )
+    best = min((_rank(name, file) for file in found), default=0)
+    taken = [file for file in found if _rank(name, file) == best]
+    return taken, [file for file in found if file not in taken]
 
-    def rank(file: Path) -> int:
-        rest = file.name.lower()[len(name) :]
-        if "python" in rest:
-            return 0
-        if "binary" in rest:
-            return 1
-        return 3 if "jpg" in rest or "jpeg" in rest else 2
 
-    best = min((rank(file) for file in found), default=0)
-    return [file for file in found if rank(file) == best], [file for file in found if rank(file) != best]
+def _rank(name: str, file: Path) -> int:
+    """Preference among archives of one set, the lowest first."""
+    rest = file.name.lower()[len(name) :]
+    if "python" in rest:
+        return 0
+    if "binary" in rest:
+        return 1
+    return _SHARDS + 1 if "jpg" in rest or "jpeg" in rest else _SHARDS
 
 
 def _read_archives(name: str, path: Path, taken: list[Path], left: list[Path]) -> ImageData:
@@ -161,9 +170,13 @@ def _read_archives(name: str, path: Path, taken: list[Path], left: list[Path]) -
         {PurePosixPath(member).name: content for member, content in listing.files.items()}
         for listing in listings
     ]
-    # By the first files: a tree has none of these names, as its files end like images.
     if len(listings) == 1 and originals & set(named[0]):
         return _read_original(name, Listing(named[0]), str(taken[0]))
+    if not any(named):
+        raise DataError(
+            f"{name}: expected {form.python_files[0]}, {form.binary_files[0]} or train/<class>/ images in "
+            f"{path}, got none of them; check that it is {form.title}"
+        )
     return _read_tree(name, path, [strip_root(listing, is_split_name) for listing in listings], sources)
 
 
@@ -176,8 +189,7 @@ def _read_tree(name: str, path: Path, listings: list[Listing], sources: tuple[st
         if twice is not None:
             raise DataError(
                 f"{what}: expected every image once, got {twice} from {Path(source).name} and another "
-                f"archive; "
-                "give the path of one of them, or move one away"
+                "archive; give the path of one of them, or move one away"
             )
         joined.files.update(listing.files)
         joined.folders.update(listing.folders)
@@ -193,7 +205,7 @@ def _read_tree(name: str, path: Path, listings: list[Listing], sources: tuple[st
     if images.shape[2:] != (_SIDE, _SIDE):
         raise DataError(
             f"{what}: expected {_SIDE}x{_SIDE} images, got {images.shape[3]}x{images.shape[2]}; use "
-            f"images:PATH for other data"
+            "images:PATH for other data"
         )
     lossy = sorted({encoding(read_entry(entry)) for entry in entries} - {"lossless"})
     count = len(tree.train)
@@ -221,8 +233,7 @@ def _read_original(name: str, listing: Listing, where: str) -> ImageData:
             if content is None:
                 raise DataError(
                     f"{name}: expected {file + suffix} in {where}, got only "
-                    f"{', '.join(sorted(listing.files))}; "
-                    f"fetch {form.download} again"
+                    f"{', '.join(sorted(listing.files))}; fetch {form.download} again"
                 )
             raw = content if isinstance(content, bytes) else content.read_bytes()
             what = f"{where}/{file + suffix}"
@@ -234,7 +245,7 @@ def _read_original(name: str, listing: Listing, where: str) -> ImageData:
             missing = form.classes[int(counts.argmin())]
             raise DataError(
                 f"{name}: expected images of every class in {where}, got none of {missing} in {split}; "
-                f"fetch it again"
+                "fetch it again"
             )
     return _finish(form, splits[0], splits[1], splits[2], splits[3], (where,), "")
 
@@ -249,7 +260,7 @@ def _binary_rows(raw: bytes, what: str, form: _Form) -> tuple[Tensor, Tensor]:
     if not raw or len(raw) % record:
         raise DataError(
             f"{what}: expected records of {record} bytes, got {len(raw)} bytes; it was cut short: fetch it "
-            f"again"
+            "again"
         )
     rows = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, record)
     labels = rows[:, form.label_bytes - 1].long()
@@ -261,7 +272,7 @@ def _checked(labels: Tensor, what: str, form: _Form) -> Tensor:
     if low < 0 or high >= len(form.classes):
         raise DataError(
             f"{what}: expected labels 0..{len(form.classes) - 1}, got {low}..{high}; it is no {form.title} "
-            f"file"
+            "file"
         )
     return labels
 

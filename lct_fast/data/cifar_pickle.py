@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, reason
 
 
 class _Array:
@@ -20,20 +20,17 @@ class _Array:
     def __init__(self) -> None:
         self.shape: tuple[int, ...] = ()
         self.raw = b""
+        self.fortran = False
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, raw = state
-        if (
-            not isinstance(kind, _Kind)
-            or kind.name not in ("u1", "uint8")
-            or fortran
-            or not isinstance(raw, bytes)
-        ):
-            raise pickle.UnpicklingError("an array that is not uint8 in C order")
+        if not isinstance(kind, _Kind) or kind.name not in ("u1", "uint8") or not isinstance(raw, bytes):
+            raise pickle.UnpicklingError("an array that is not uint8")
         if not isinstance(shape, tuple) or not all(isinstance(extent, int) for extent in shape):
             raise pickle.UnpicklingError("an array without a shape")
         self.shape = shape
         self.raw = raw
+        self.fortran = bool(fortran)
 
 
 class _Kind:
@@ -89,12 +86,12 @@ def read_pickle(raw: bytes, what: str, label_key: bytes, width: int) -> tuple[Te
             raise pickle.UnpicklingError(
                 f"images {data.shape} of {len(data.raw)} bytes for {len(labels)} labels"
             )
-        rows = torch.frombuffer(bytearray(data.raw), dtype=torch.uint8).view(-1, width)
+        flat = torch.frombuffer(bytearray(data.raw), dtype=torch.uint8)
+        rows = flat.view(width, -1).t().contiguous() if data.fortran else flat.view(-1, width)
         return rows, torch.tensor(labels, dtype=torch.int64)
     # A damaged pickle raises nearly anything: the opcodes it is made of are arbitrary bytes.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{what}: expected a pickled dict with {label_key.decode()} and uint8 rows of {width}, got "
-            f"{reason}; fetch it again"
+            f"{reason(error)}; fetch it again"
         ) from None

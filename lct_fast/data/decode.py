@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, reason
 from .trees import Entry
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _TASK = 256
+# By content, whatever the name says; Pillow would also try formats that start other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _GRAY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB")
 
@@ -45,8 +47,7 @@ def decode_all(
             if pixels.shape[:2] != first.shape[:2]:
                 raise DataError(
                     f"{what}: expected images of one size, got {first.shape[1]}x{first.shape[0]} in "
-                    f"{entries[0].name} and "
-                    f"{pixels.shape[1]}x{pixels.shape[0]} in {entry.name}; {hint}"
+                    f"{entries[0].name} and {pixels.shape[1]}x{pixels.shape[0]} in {entry.name}; {hint}"
                 )
             any_colour |= pixels.ndim == 3
             target[index] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
@@ -66,16 +67,15 @@ def decode_all(
 
 
 def decode(content: bytes, name: str, size: int | None) -> np.ndarray:
-    """One image as uint8 [H, W] where it is gray or [H, W, 3] otherwise; resized and centre-cropped if
-    ``size`` is given.
+    """One image as uint8, [H, W] if it is gray, else [H, W, 3]; with ``size``, resized and centre-cropped.
 
     The first frame of an animation; an orientation in EXIF is not applied. Raises DataError.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             mode = image.mode
             if mode in _GRAY_MODES:
                 plain = image.convert("L")
@@ -83,15 +83,11 @@ def decode(content: bytes, name: str, size: int | None) -> np.ndarray:
                 plain = image.convert("RGB")
             else:
                 plain = None
+    except UnidentifiedImageError:
+        raise _undecodable(name, content, f"not {', '.join(_FORMATS)}") from None
     # Decoders raise whatever their format calls for (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "<_io" in reason:
-            reason = "no known image format"
-        raise DataError(
-            f"{name}: expected an image, got {len(content)} bytes that cannot be decoded ({reason}); "
-            "replace or remove it"
-        ) from None
+        raise _undecodable(name, content, reason(error)) from None
     if plain is None:
         raise DataError(
             f"{name}: expected 8 bits a channel, got an image of mode {mode}; convert it to 8-bit gray or RGB"
@@ -99,6 +95,13 @@ def decode(content: bytes, name: str, size: int | None) -> np.ndarray:
     if size is not None and plain.size != (size, size):
         plain = _resize_crop(plain, size)
     return np.asarray(plain)
+
+
+def _undecodable(name: str, content: bytes, why: str) -> DataError:
+    return DataError(
+        f"{name}: expected an image, got {len(content)} bytes that cannot be decoded ({why}); "
+        "replace or remove it"
+    )
 
 
 def _resize_crop(image: Image.Image, size: int) -> Image.Image:
@@ -113,7 +116,7 @@ def _resize_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def encoding(content: bytes) -> str:
-    """ "lossless", "JPEG" or "lossy WebP", by the first bytes."""
+    """What became of the pixels, by the first bytes: "lossless", "JPEG" or "lossy WebP"."""
     if content.startswith(b"\xff\xd8"):
         return "JPEG"
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
@@ -135,11 +138,4 @@ def _webp_lossy(content: bytes) -> bool:
 
 def read_entry(entry: Entry) -> bytes:
     """The encoded image."""
-    if isinstance(entry.content, bytes):
-        return entry.content
-    try:
-        return entry.content.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{entry.content}: expected a readable image, got {error.strerror}; check it"
-        ) from None
+    return entry.content if isinstance(entry.content, bytes) else entry.content.read_bytes()

@@ -104,8 +104,8 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     channels = images.shape[1]
     total = torch.zeros(channels, dtype=torch.int64)
     squares = torch.zeros(channels, dtype=torch.int64)
-    for chunk in images.cpu().split(_CHUNK):
-        wide = chunk.int()
+    for start in range(0, images.shape[0], _CHUNK):
+        wide = images[start : start + _CHUNK].cpu().int()
         total += wide.sum(dim=(0, 2, 3))
         squares += wide.square_().sum(dim=(0, 2, 3))
     count = images.numel() // channels
@@ -150,11 +150,10 @@ def dealt_order(labels: Tensor, seed: int) -> Tensor:
 
 
 def stratified_split(labels: Tensor, test_count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(train, test) indices, each ascending, with ``test_count`` test images shared out over the classes in
-    proportion.
+    """(train, test) indices, each ascending; ``test_count`` test images are shared out over the classes.
 
-    Shares are rounded by largest remainder; a class of two or more keeps at least one image on either side
-    where ``test_count`` allows.
+    Shares are in proportion, rounded by largest remainder; a class of two or more gives at least one, so
+    with many small classes there are more than ``test_count``.
     """
     total = labels.shape[0]
     counts = torch.bincount(labels)

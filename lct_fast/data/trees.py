@@ -1,6 +1,4 @@
-"""Trees of images, ``train/<class>/*`` and ``test/<class>/*``: which files are there, and what they are
-labelled.
-"""
+"""Trees of images, ``train/<class>/*`` and ``test/<class>/*``: which files there are, and their labels."""
 
 from __future__ import annotations
 
@@ -51,8 +49,15 @@ def list_folder(root: Path) -> Listing:
     """Image files and folders of a tree on disk: its split folders if it has any, else all class folders."""
     listing = Listing()
     splits = [name for name in _SPLITS if (root / name).is_dir()]
+    seen: set[tuple[int, int]] = set()
     for top in [root / name for name in splits] or [root]:
-        for folder, subfolders, names in os.walk(top, followlinks=True):
+        # Class folders are often links; a link to a folder above would be walked over and over.
+        for folder, subfolders, names in os.walk(top, followlinks=True, onerror=_raise):
+            stat = os.stat(folder)
+            if (stat.st_dev, stat.st_ino) in seen:
+                subfolders.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
             subfolders[:] = sorted(name for name in subfolders if not hidden(name))
             base = Path(folder).relative_to(root).as_posix()
             prefix = "" if base == "." else base + "/"
@@ -62,6 +67,10 @@ def list_folder(root: Path) -> Listing:
                     listing.files[prefix + name] = Path(folder) / name
     listing.folders.update(splits)
     return listing
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def make_tree(what: str, listing: Listing, classes: list[str] | None = None) -> Tree:
@@ -75,7 +84,7 @@ def make_tree(what: str, listing: Listing, classes: list[str] | None = None) -> 
     if not listing.files:
         raise DataError(
             f"{what}: expected images ({', '.join(EXTENSIONS)}) in train/<class>/, got none; check the path "
-            f"and the layout"
+            "and the layout"
         )
     tops = {name.split("/", 1)[0] for name in (*listing.files, *listing.folders)}
     if not tops & set(_SPLITS):
@@ -97,11 +106,7 @@ def _split_entries(
     what: str, prefix: str, listing: Listing, classes: list[str] | None
 ) -> tuple[list[str], list[Entry]]:
     """Class names and entries, sorted by class and name, of the files below ``prefix``."""
-    found = {
-        name[len(prefix) :].split("/", 1)[0]
-        for name in listing.folders
-        if name.startswith(prefix) and name != prefix[:-1]
-    }
+    found = {name[len(prefix) :].split("/", 1)[0] for name in listing.folders if name.startswith(prefix)}
     by_class: dict[str, list[str]] = {name: [] for name in found}
     for name in listing.files:
         if not name.startswith(prefix):
@@ -110,24 +115,21 @@ def _split_entries(
         if not slash:
             raise DataError(
                 f"{what}: expected {prefix}<class>/<image>, got an image outside a class folder, {name}; "
-                f"move it into one"
+                "move it into one"
             )
         by_class.setdefault(label_name, []).append(name)
     names = sorted(by_class) if classes is None else classes
     if set(by_class) != set(names):
-        missing = _some(set(names) - set(by_class))
-        extra = _some(set(by_class) - set(names))
+        missing, extra = set(names) - set(by_class), set(by_class) - set(names)
         raise DataError(
-            f"{what}: expected the {len(names)} class folders {_some(names)} in {prefix or 'the root'}, got "
-            f"{f'none of {missing}' if missing else ''}{' and ' if missing and extra else ''}"
-            f"{f'also {extra}' if extra else ''}; rename, add or remove folders"
+            f"{what}: expected the {len(names)} class folders {_some(names)} in {prefix or 'the root'}, "
+            f"missing {_some(missing)}, unexpected {_some(extra)}; rename, add or remove folders"
         )
-    empty = _some(name for name in names if not by_class[name])
+    empty = [name for name in names if not by_class[name]]
     if empty:
         raise DataError(
             f"{what}: expected images ({', '.join(EXTENSIONS)}) in every class folder, got none in "
-            f"{prefix}: {empty}; "
-            "add images or remove the folder"
+            f"{prefix}: {_some(empty)}; add images or remove the folder"
         )
     if len(names) < 2:
         raise DataError(
@@ -143,6 +145,8 @@ def _split_entries(
 def _some(names: Iterable[str]) -> str:
     """A few of the names, in order, for a message of one line."""
     ordered = sorted(names) if isinstance(names, set) else list(names)
+    if not ordered:
+        return "none"
     return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
