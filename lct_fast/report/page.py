@@ -75,7 +75,11 @@ def page(runs: Sequence[Run]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">',
         f"<title>{what} \u00b7 lct_fast report</title><style>{CSS}</style></head>\n<body>",
         f'<header><h1>{what}</h1><p class="soft">lct_fast {escape(__version__)} report</p></header>\n<main>',
-        _section("comparison", "Comparison", _scroll("Comparison of runs", comparison_table(runs, names))),
+        _section(
+            "comparison",
+            "Comparison" if len(runs) > 1 else "Summary",
+            _scroll("Comparison of runs", comparison_table(runs, names)),
+        ),
     ]
     if len(runs) > 1:
         parts.append(_section("last", "Last exits compared", _last_exits(names, panels, share)))
@@ -185,13 +189,14 @@ def _card(i: int, run: Run, name: str, panels: Sequence[Panel], styles: Sequence
         f'<h3 id="name-{i + 1}">#{i + 1} {escape(name)}</h3><p class="soft">{escape(_facts(run))}</p>'
     )
     parts += [_note(note) for note in run.notes]
+    parts.append('<div class="charts">')
     for panel in panels:
         # Another run's kind of loss is no gap of this one.
         if panel is panels[0] or panel.curves[i]:
             ends = zip(styles, panel.curves[i], strict=False)
             lines = [Line(f"exit {k}", style, curve) for k, (style, curve) in enumerate(ends, start=1)]
             parts.append(_chart(panel, name, lines, share.points))
-    parts += [_numbers(run, name, share.table_rows), _config(run, share.characters), "</section>"]
+    parts += ["</div>", _numbers(run, name, share.table_rows), _config(run, share.characters), "</section>"]
     return "".join(parts)
 
 

@@ -49,9 +49,13 @@ details tbody th { background: var(--card); min-width: 0; }
 .run {
   min-width: 0; padding: .8rem; background: var(--card); border: 1px solid var(--rule); border-radius: .5rem;
 }
+.run:only-child { grid-column: 1 / -1; }
 .run h3 { margin-top: 0; }
-figure { margin: .6rem 0 0; }
-figure:first-child { margin: 0; }
+.charts {
+  display: grid; gap: .6rem 1rem; margin-top: .6rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 36rem));
+}
+figure { margin: 0; }
 details { margin-top: .3rem; }
 summary { cursor: pointer; padding: .3rem 0; font-size: .875rem; }
 pre { margin: 0 0 .5rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -38,9 +38,9 @@ BEFORE_EXITS: tuple[Column, ...] = (
 AFTER_EXITS: tuple[Column, ...] = (
     ("step_seconds_median", "step, ms", lambda value: figure(value, 1e3)),
     ("seconds", "whole run, s", lambda value: figure(value, places=1)),
-    ("wire_bytes_per_sample", "wire, bytes/sample", count),
-    ("raw_bytes_per_sample", "uncoded, bytes/sample", count),
-    ("feedback_bytes_per_sample", "feedback, bytes/sample", count),
+    ("wire_bytes_per_sample", "wire, B/sample", count),
+    ("raw_bytes_per_sample", "uncoded, B/sample", count),
+    ("feedback_bytes_per_sample", "feedback, B/sample", count),
     ("critic_tax", "critic tax, %", lambda value: figure(value, 100, 1)),
     ("bubble_fraction", "bubble, %", lambda value: figure(value, 100, 1)),
     ("exposed_transfer_fraction", "exposed transfer, %", lambda value: figure(value, 100, 1)),

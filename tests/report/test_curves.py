@@ -26,7 +26,7 @@ def test_a_line_for_each_exit(make_run: MakeRun, tmp_path: Path, exits: int) -> 
 
 
 # An unfinished formula, and a script that the font lacks.
-@pytest.mark.parametrize("name", [r"a$\frac{", "\u5b9f\u9a13"])
+@pytest.mark.parametrize("name", [r"a$\frac{$b", "\u5b9f\u9a13"])
 def test_names_that_are_hard_to_draw(make_run: MakeRun, tmp_path: Path, name: str) -> None:
     assert COLOURS[0] in colours(plot_curves(make_run(name), tmp_path / "curves.png"))
 

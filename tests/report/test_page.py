@@ -85,9 +85,9 @@ def test_comparison(make_run: MakeRun, tmp_path: Path) -> None:
     assert dict(zip(top[7:], a[10:], strict=True)) == {
         "step, ms": "42.15",
         "whole run, s": "1,234.5",
-        "wire, bytes/sample": "8,192",
-        "uncoded, bytes/sample": "32,768",
-        "feedback, bytes/sample": "12",
+        "wire, B/sample": "8,192",
+        "uncoded, B/sample": "32,768",
+        "feedback, B/sample": "12",
         "critic tax, %": "12.3",
         "bubble, %": "\u2013",
         "exposed transfer, %": "\u2013",
