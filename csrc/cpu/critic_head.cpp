@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/critic_head_tasks.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace lct {
@@ -141,6 +142,7 @@ size_t critic_head_cpu_workspace(int64_t rows, int64_t depth, int64_t classes, D
 
 void critic_head_cpu(const CriticHead& args, int threads) {
   CriticHeadWork work = head_work(args);
+  advise_huge_pages(args.dh, args.rows * args.depth * (args.h_dtype == DType::f32 ? 4 : 2));
   const bool with_wgrad = args.dweight && (args.row_scale || args.rows == 0);
   run(work, with_wgrad, threads);
 }

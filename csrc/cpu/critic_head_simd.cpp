@@ -21,6 +21,9 @@ constexpr int kInputRows = 2, kInputVectors = 1;
 constexpr int kWeightClasses = 2, kWeightVectors = 1;
 #endif
 
+// Floats of weight beyond which it does not stay in L1 beside everything else.
+constexpr int64_t kInnermost = 4096;
+
 LCT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 LCT_INLINE int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -81,50 +84,67 @@ void pack_weight(const CriticHeadWork& work, int64_t panel) {
 
 // ---- a block of rows ----------------------------------------------------------------------------------
 
-template <class H>
 LCT_INLINE Vec activated(const CriticHeadWork& work, Vec x) {
   // max gives its second operand where one is NaN, so NaN stays.
   return work.args.activation == Activation::relu ? max(broadcast(0.0f), x) : x;
 }
 
-// Columns [64 panel, 64 panel + 64) of `count` rows of h, zeros right of depth.
+// Columns [64 panel, 64 panel + 64) of one row of h, zeros right of depth.
 template <class H>
-LCT_INLINE void pack_columns(const CriticHeadWork& work, int64_t first, int64_t count, int64_t panel,
-                             float* to) {
+LCT_INLINE void pack_columns(const CriticHeadWork& work, int64_t row, int64_t panel, float* to) {
   const int64_t depth = work.args.depth;
-  const int64_t columns = least(kColumnPanel, depth - panel * kColumnPanel);
-  const H* from = at<H>(work.args.h, first * depth + panel * kColumnPanel);
-  if (columns == kColumnPanel) {
-    for (int64_t r = 0; r < count; ++r, from += depth, to += kColumnPanel) {
+  const int64_t columns = depth - panel * kColumnPanel;
+  const H* from = at<H>(work.args.h, row * depth + panel * kColumnPanel);
+  if (columns >= kColumnPanel) {
 #pragma GCC unroll 4
-      for (int k = 0; k < kColumnPanel; k += kLanes) store(to + k, activated<H>(work, load(from + k)));
-    }
+    for (int k = 0; k < kColumnPanel; k += kLanes) store(to + k, activated(work, load(from + k)));
     return;
   }
-  for (int64_t r = 0; r < count; ++r, from += depth, to += kColumnPanel) {
-    for (int64_t k = 0; k < kColumnPanel; k += kLanes) {
-      const int64_t n = columns - k;
-      const Vec x = n >= kLanes ? load(from + k)
-                    : n > 0     ? load_first(from + k, static_cast<int>(n))
-                                : broadcast(0.0f);
-      store(to + k, activated<H>(work, x));
-    }
+  for (int64_t k = 0; k < kColumnPanel; k += kLanes) {
+    const int64_t n = columns - k;
+    const Vec x = n >= kLanes ? load(from + k)
+                  : n > 0     ? load_first(from + k, static_cast<int>(n))
+                              : broadcast(0.0f);
+    store(to + k, activated(work, x));
   }
 }
 
 template <class H>
 void pack_block(const CriticHeadWork& work, int64_t first, int64_t count, float* block) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t panel = 0; panel < work.column_panels; ++panel)
+      pack_columns<H>(work, first + r, panel, block + panel * work.block_stride + r * kColumnPanel);
   for (int64_t panel = 0; panel < work.column_panels; ++panel) {
     float* to = block + panel * work.block_stride;
-    pack_columns<H>(work, first, count, panel, to);
     const int64_t end = least(work.block_stride, (count + kNarrowRows) * kColumnPanel);
     for (int64_t k = count * kColumnPanel; k < end; k += kLanes) store(to + k, broadcast(0.0f));
   }
 }
 
+// What to bring towards this core while it computes: `rows` rows of the next block, a line an iteration.
+struct Ahead {
+  uintptr_t from;
+  int64_t row_bytes;
+  int64_t panel_bytes;
+};
+
+template <int Rows, int Panels>
+LCT_INLINE void logits_step(const float* block, const float* weight, int64_t weight_stride,
+                            Vec (&sum)[Rows][Panels]) {
+  Vec w[Panels];
+#pragma GCC unroll 4
+  for (int p = 0; p < Panels; ++p) w[p] = load(weight + p * weight_stride);
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    const Vec x = broadcast(block[r * kColumnPanel]);
+#pragma GCC unroll 4
+    for (int p = 0; p < Panels; ++p) sum[r][p] = fma(x, w[p], sum[r][p]);
+  }
+}
+
 template <int Rows, int Panels>
 LCT_INLINE void logits_tile(const CriticHeadWork& work, const float* block, const float* weight,
-                            const float* bias, float* logits) {
+                            const float* bias, Ahead ahead, float* logits) {
   const int64_t depth = work.args.depth;
   const int64_t weight_stride = depth * kClassPanel;
   // One panel of columns is summed in registers, then added to what stands in memory: long sums of floats
@@ -135,18 +155,20 @@ LCT_INLINE void logits_tile(const CriticHeadWork& work, const float* block, cons
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
       for (int p = 0; p < Panels; ++p) sum[r][p] = broadcast(0.0f);
-    const int columns = static_cast<int>(least(kColumnPanel, depth - first));
-    for (int k = 0; k < columns; ++k, weight += kClassPanel) {
-      Vec w[Panels];
+    int k = 0;
+    if (Panels == 1 && depth - first >= kColumnPanel) {
+      uintptr_t line = ahead.from + first / kColumnPanel * ahead.panel_bytes;
+      for (; k < kColumnPanel; k += 4, line += ahead.row_bytes, weight += 4 * kClassPanel) {
 #pragma GCC unroll 4
-      for (int p = 0; p < Panels; ++p) w[p] = load(weight + p * weight_stride);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        const Vec x = broadcast(block[r * kColumnPanel + k]);
-#pragma GCC unroll 4
-        for (int p = 0; p < Panels; ++p) sum[r][p] = fma(x, w[p], sum[r][p]);
+        for (int j = 0; j < 4; ++j) {
+          prefetch(reinterpret_cast<const void*>(line + j * ahead.panel_bytes / 4));
+          logits_step<Rows, Panels>(block + k + j, weight + j * kClassPanel, weight_stride, sum);
+        }
       }
     }
+    const int columns = static_cast<int>(least(kColumnPanel, depth - first));
+    for (; k < columns; ++k, weight += kClassPanel)
+      logits_step<Rows, Panels>(block + k, weight, weight_stride, sum);
 #pragma GCC unroll 4
     for (int p = 0; p < Panels; ++p)
 #pragma GCC unroll 16
@@ -158,25 +180,25 @@ LCT_INLINE void logits_tile(const CriticHeadWork& work, const float* block, cons
 }
 
 template <int Rows, int Panels>
-void logits_panels(const CriticHeadWork& work, int64_t count, const float* block, int64_t panel,
+void logits_panels(const CriticHeadWork& work, int64_t count, const float* block, int64_t panel, Ahead ahead,
                    float* logits) {
   const float* weight = work.weight_by_class + panel * work.args.depth * kClassPanel;
-  for (int64_t r = 0; r < count; r += Rows)
-    logits_tile<Rows, Panels>(work, block + r * kColumnPanel, weight, work.bias + panel * kClassPanel,
+  for (int64_t r = 0; r < count; r += Rows, ahead.from += Rows * ahead.row_bytes)
+    logits_tile<Rows, Panels>(work, block + r * kColumnPanel, weight, work.bias + panel * kClassPanel, ahead,
                               logits + panel * work.dlogits_stride + r * kClassPanel);
 }
 
-void logits_of(const CriticHeadWork& work, int64_t count, const float* block, float* logits) {
-  if (work.class_panels == 1) return logits_panels<kNarrowRows, 1>(work, count, block, 0, logits);
+void logits_of(const CriticHeadWork& work, int64_t count, const float* block, Ahead ahead, float* logits) {
+  if (work.class_panels == 1) return logits_panels<kNarrowRows, 1>(work, count, block, 0, ahead, logits);
   int64_t panel = 0;
   for (int64_t left = pieces(work.class_panels, kWidePanels); left > 0; --left) {
     // As equal as they can be: a last tile of one panel alone would waste its loads.
     const int64_t wide = pieces(work.class_panels - panel, left);
 #if defined(__AVX512F__)
-    if (wide == 3) logits_panels<kWideRows, 3>(work, count, block, panel, logits);
-    if (wide == 2) logits_panels<kWideRows, 2>(work, count, block, panel, logits);
+    if (wide == 3) logits_panels<kWideRows, 3>(work, count, block, panel, ahead, logits);
+    if (wide == 2) logits_panels<kWideRows, 2>(work, count, block, panel, ahead, logits);
 #endif
-    if (wide == 1) logits_panels<kWideRows, 1>(work, count, block, panel, logits);
+    if (wide == 1) logits_panels<kWideRows, 1>(work, count, block, panel, ahead, logits);
     panel += wide;
   }
 }
@@ -328,15 +350,20 @@ void input_gradient(const CriticHeadWork& work, int64_t first, int64_t count, co
   const CriticHead& args = work.args;
   const float scale = *args.scale;
   constexpr int64_t step = kInputVectors * kLanes;
-  for (int64_t column = 0; column < args.depth; column += step) {
-    const int64_t panel = column / kColumnPanel, within = column % kColumnPanel;
-    const float* weight = work.weight_by_column + panel * args.classes * kColumnPanel + within;
-    const float* source = block + panel * work.block_stride + within;
-    for (int64_t r = 0; r < count; r += kInputRows)
-      input_tile<H, kInputRows, kInputVectors>(
-          work, count - r, dlogits + r * kClassPanel, weight, source + r * kColumnPanel,
-          args.depth - column, scale, at<H>(args.dh, (first + r) * args.depth + column));
-  }
+  const int64_t row_tiles = pieces(count, kInputRows), column_tiles = pieces(args.depth, step);
+  // A small weight stays in L1, so dh can be written in the order of memory; a large one is walked once.
+  const bool by_rows = args.classes * args.depth <= kInnermost;
+  const int64_t inner = by_rows ? column_tiles : row_tiles, outer = by_rows ? row_tiles : column_tiles;
+  for (int64_t i = 0; i < outer; ++i)
+    for (int64_t j = 0; j < inner; ++j) {
+      const int64_t r = (by_rows ? i : j) * kInputRows, column = (by_rows ? j : i) * step;
+      const int64_t panel = column / kColumnPanel, within = column % kColumnPanel;
+      const float* weight = work.weight_by_column + panel * args.classes * kColumnPanel + within;
+      const float* source = block + panel * work.block_stride + r * kColumnPanel + within;
+      input_tile<H, kInputRows, kInputVectors>(work, count - r, dlogits + r * kClassPanel, weight, source,
+                                               args.depth - column, scale,
+                                               at<H>(args.dh, (first + r) * args.depth + column));
+    }
   for (int64_t r = 0; r < count; ++r) {
     // 0 * weight is NaN where a weight is not finite.
     if (label_of(args, first + r) == Label::counted) continue;
@@ -459,12 +486,17 @@ LCT_INLINE float* bias_sums(const CriticHeadWork& work, float* sums) {
 
 // dlogits of a block, and with a weight to multiply by also loss and dh.
 template <class H>
-void block_forward(const CriticHeadWork& work, int64_t first, int64_t count, float* block, float* dlogits) {
+void block_forward(const CriticHeadWork& work, int64_t first, int64_t count, int64_t end, float* block,
+                   float* dlogits) {
   if (work.given_dlogits) {
     load_dlogits<H>(work, first, count, dlogits);
     return;
   }
-  logits_of(work, count, block, dlogits);
+  const int64_t row_bytes = work.args.depth * static_cast<int64_t>(sizeof(H));
+  const int64_t next = first + count < end ? first + count : first;
+  const Ahead ahead = {reinterpret_cast<uintptr_t>(work.args.h) + next * row_bytes, row_bytes,
+                       kColumnPanel * static_cast<int64_t>(sizeof(H))};
+  logits_of(work, count, block, ahead, dlogits);
   softmax_of<H>(work, first, count, dlogits);
   input_gradient<H>(work, first, count, block, dlogits);
 }
@@ -476,7 +508,7 @@ void rows_of(const CriticHeadWork& work, int64_t first, int64_t count, int64_t s
   for (const int64_t end = first + count; first < end; first += work.block_rows) {
     const int64_t n = least(work.block_rows, end - first);
     if (!work.given_dlogits) pack_block<H>(work, first, n, block);
-    block_forward<H>(work, first, n, block, dlogits);
+    block_forward<H>(work, first, n, end, block, dlogits);
     if (work.use_slab)
       scale_rows(work, first, n, dlogits, work.slab + (first - slab_start) * kClassPanel,
                  work.slab_rows * kClassPanel);
@@ -494,7 +526,7 @@ void chunk_of(const CriticHeadWork& work, int64_t chunk, int slot) {
   for (int64_t first = chunk * work.chunk_rows; first < end; first += work.block_rows) {
     const int64_t n = least(work.block_rows, end - first);
     pack_block<H>(work, first, n, block);
-    block_forward<H>(work, first, n, block, dlogits);
+    block_forward<H>(work, first, n, end, block, dlogits);
     scale_rows(work, first, n, dlogits, dlogits, work.dlogits_stride);
     clear_uncounted(work, first, n, block, work.column_panels);
     for (int64_t panel = 0; panel < work.column_panels; ++panel)
@@ -515,7 +547,8 @@ void slab_of(const CriticHeadWork& work, int64_t first, int64_t count, int64_t p
   float* sums = work.sums + (panel * classes + first_class) * kColumnPanel;
   for (int64_t done = 0; done < count; done += work.block_rows) {
     const int64_t n = least(work.block_rows, count - done);
-    pack_columns<H>(work, first + done, n, panel, block);
+    for (int64_t r = 0; r < n; ++r)
+      pack_columns<H>(work, first + done + r, panel, block + r * kColumnPanel);
     clear_uncounted(work, first + done, n, block, 1);
     add_weight_gradient(here, n, block, dlogits + done * kClassPanel, stride, sums);
   }

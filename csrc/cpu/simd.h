@@ -418,6 +418,8 @@ LCT_INLINE Vec log_from_one(Vec x) {
   return add(result, sub(x, x));
 }
 
+LCT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // For its lifetime results too small for a normal float become 0: a softmax has many, and arithmetic on
 // subnormals is up to twenty times slower.
 class FlushSubnormals {
