@@ -8,7 +8,7 @@ from lct_fast import __version__
 from lct_fast.report.run import Curve, Run, number, read_run
 from lct_fast.report.style import CSS
 from lct_fast.report.svg import Axis, Line, axis, escape, line_chart, timeline
-from lct_fast.report.table import cells, comparison_table, count, figure, table
+from lct_fast.report.table import cells, comparison_table, count, figure, table, words
 from lct_fast.report.trace import Span, read_trace
 
 # What all runs of a page share, so that it stays under a megabyte with some forty runs of eight exits.
@@ -113,18 +113,19 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _panels(runs: Sequence[Run]) -> list[Panel]:
     """Accuracy first, then one panel for each kind of loss that the runs recorded."""
-    accuracy = ("test accuracy, %", "epoch")
-    of: dict[tuple[str, str], list[list[Curve]]] = {accuracy: [run.accuracy_curves() for run in runs]}
+    accuracy = [run.accuracy_curves() for run in runs]
+    of: dict[tuple[str, str], list[list[Curve]]] = {("test accuracy, %", "epoch"): accuracy}
     for i, run in enumerate(runs):
         loss = run.loss_curves()
         of.setdefault((loss.name, loss.unit), [[] for _ in runs])[i] = loss.curves
-    panels = []
-    for (name, unit), curves in of.items():
-        points = [point for run_curves in curves for curve in run_curves for point in curve]
-        x = axis(unit, [x for x, _ in points], tight=True, least=1.0)
-        y = axis(name, [y for _, y in points if y is not None], percent=name == accuracy[0])
-        panels.append(Panel(name, x, y, curves))
-    return panels
+    return [_panel(name, unit, curves) for (name, unit), curves in of.items()]
+
+
+def _panel(name: str, unit: str, curves: list[list[Curve]]) -> Panel:
+    points = [point for of_run in curves for curve in of_run for point in curve]
+    x = axis(unit, [x for x, _ in points], tight=True, least=1.0)
+    y = axis(name, [y for _, y in points if y is not None], percent=name.endswith("%"))
+    return Panel(name, x, y, curves)
 
 
 def _exit_style(k: int, exits: int) -> str:
@@ -169,9 +170,10 @@ def _chart(panel: Panel, whose: str, lines: Sequence[Line], points: int) -> str:
 def _last_exits(names: Sequence[str], panels: Sequence[Panel], share: Share) -> str:
     styles = [_run_style(i) for i in range(len(names))]
     charts = ""
-    for panel in panels:
-        lasts = [(i, curves[-1]) for i, curves in enumerate(panel.curves) if curves]
-        lines = [Line(f"#{i + 1}", styles[i], curve) for i, curve in lasts]
+    for every in panels:
+        # Scales of their own: last exits lie closer together than the exits of a run.
+        panel = _panel(every.name, every.x.label, [curves[-1:] for curves in every.curves])
+        lines = [Line(f"#{i + 1}", styles[i], c) for i, curves in enumerate(panel.curves) for c in curves]
         # A single line is in its own run's chart already.
         if len(lines) > 1:
             charts += f'<div class="run">{_chart(panel, "the last exits", lines, share.points)}</div>'
@@ -211,11 +213,11 @@ def _facts(run: Run) -> str:
         step, speed = number(last.get("step")), number(last.get("samples_per_second"))
         facts.append("in progress" + ("" if step is None else f", step {count(step)}"))
         facts += [] if speed is None else [f"{speed:,.0f} samples/s"]
-    told = ("{}", "{}", "{}", "{}", "groups {}", "critic {}", "codec {}", "seed {}", "epochs {}")
-    keys = ("method", "model", "data", "schedule", "groups", "critic", "codec", "seed", "epochs")
-    facts += [
-        text.format(v) for key, text in zip(keys, told, strict=True) if (v := run.value(key)) is not None
-    ]
+    for key in ("method", "model", "data", "schedule", "groups", "critic", "codec", "seed", "epochs"):
+        value = run.value(key)
+        if value is not None:
+            named = key in ("groups", "critic", "codec", "seed", "epochs")
+            facts.append(f"{key} {words(value)}" if named else words(value))
     return " \u00b7 ".join(facts)
 
 
@@ -268,7 +270,7 @@ def _timeline(spans: Sequence[Span], name: str) -> str:
     busy: dict[str, float] = {}
     for span in spans:
         busy[span.kind] = busy.get(span.kind, 0.0) + span.seconds
-    told = ", ".join(f"{kind} {seconds * 1e3:.3g} ms" for kind, seconds in busy.items())
+    told = ", ".join(f"{kind} {seconds * 1e3:,.1f} ms" for kind, seconds in busy.items())
     steps = sorted({span.step for span in spans if span.step is not None})
     what = f"Steps {steps[0]} to {steps[-1]}. " if steps else ""
     chart = timeline(f"Timeline of {name}; {told}", spans)

@@ -22,8 +22,13 @@ def count(value: float | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """An option as HTML; a dash for None."""
-    return NOTHING if value is None else escape(value)
+    """An option as HTML, a list as its items; a dash for None."""
+    return NOTHING if value is None else escape(words(value))
+
+
+def words(value: Any) -> str:
+    """An option as text, a list as its items."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # Key of the record, head of the column, cell. The columns of the exits stand between the two.

@@ -36,8 +36,8 @@ def read_trace(path: Path, steps: int = 3, limit: int = 300) -> list[Span]:
     """Spans of the first ``steps`` steps in order of time, at most ``limit``; time counts from the first.
 
     Reads complete events ("ph": "X") of a Chrome trace, an object or a bare list. The row is ``args.group``
-    where an event has it, else the name of its thread. ``args.step`` says which step an event belongs to; a
-    trace without it gives its first ``limit`` spans.
+    where an event has it, else the name of its thread. ``args.step`` or ``args.batch`` says which step an
+    event belongs to; a trace without it gives its first ``limit`` spans.
 
     Raises ValueError, one line, for a file that is too large or no trace.
     """
@@ -97,6 +97,6 @@ def _span(event: dict[str, Any], threads: dict[tuple[str, str], str]) -> Span | 
     name = str(event.get("name", ""))
     lower = name.lower()
     kind = next((kind for kind, words in KINDS.items() if any(word in lower for word in words)), "other")
-    step = number(args.get("step"))
+    step = number(args.get("step", args.get("batch")))
     # Chrome traces count microseconds.
     return Span(row, name, kind, start * 1e-6, length * 1e-6, None if step is None else int(step))

@@ -118,6 +118,14 @@ def test_charts(make_run: MakeRun, tmp_path: Path) -> None:
     ] * 5
 
 
+def test_last_exits_have_a_scale_of_their_own(make_run: MakeRun, tmp_path: Path) -> None:
+    words = report(tmp_path, make_run("a"), make_run("b")).words
+    border = words.index("Learning curves per exit")
+    # Their accuracies run from 41 % to 43 %, those of all exits from 11 %.
+    assert "41.5" in words[:border] and "10" not in words[:border]
+    assert "41.5" not in words[border:] and "10" in words[border:]
+
+
 def test_one_run_is_compared_with_nothing(make_run: MakeRun, tmp_path: Path) -> None:
     made = report(tmp_path, make_run("a", exits=1, trace=False))
     assert "Last exits compared" not in made.words and "First steps" not in made.words
@@ -204,10 +212,15 @@ def test_long_config_is_cut_and_says_so(make_run: MakeRun, tmp_path: Path) -> No
     assert re.search(r"\.\.\. [0-9]+ more characters", " ".join(made.words))
 
 
-def test_unicode(make_run: MakeRun, tmp_path: Path) -> None:
-    made = report(tmp_path, make_run("\u5b9f\u9a13 \u00fc \U0001f600", model="r\u00e9seau"), make_run("b"))
+def test_names_and_options_of_any_kind(make_run: MakeRun, tmp_path: Path) -> None:
+    made = report(
+        tmp_path,
+        make_run("\u5b9f\u9a13 \u00fc \U0001f600", model="r\u00e9seau"),
+        make_run("b", critic=["x", "y"]),
+    )
     assert made.rows[2][0] == "#1 \u5b9f\u9a13 \u00fc \U0001f600"
     assert any("r\u00e9seau" in word for word in made.words)
+    assert any("critic x, y" in word for word in made.words)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert '<meta charset="utf-8">' in text[:200]
 

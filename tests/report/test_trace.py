@@ -59,6 +59,11 @@ def test_rows_of_threads_and_a_bare_list(tmp_path: Path) -> None:
     ]
 
 
+def test_steps_may_be_named_by_their_batch(tmp_path: Path) -> None:
+    events = [{"ph": "X", "name": "forward", "ts": t, "dur": 1, "args": {"batch": t}} for t in range(9)]
+    assert [span.step for span in read_trace(written(tmp_path, events))] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("text", ['{"traceEvents": [{"ph": "X"', '{"traceEvents": 3}', '"x"', ""])
 def test_what_is_no_trace(tmp_path: Path, text: str) -> None:
     (tmp_path / "trace.json").write_text(text)
