@@ -171,11 +171,18 @@ def test_fp16_gradients_below_its_smallest_number(depth: int) -> None:
         assert error < 0.005, f"{name}: {error:.1%} of the largest value; lifting keeps it near 0.1 %"
 
 
+@pytest.mark.parametrize("exponent", [-16, 13])
 @pytest.mark.parametrize("depth", [48, 50])
-def test_the_scale_goes_in_before_rounding(depth: int) -> None:
-    """dh without its scale is subnormal in fp16: rounded before it is scaled, it would keep 6 bits."""
+def test_the_scale_goes_in_before_rounding(depth: int, exponent: int) -> None:
+    """Without its scale dh is subnormal in fp16, or beyond it once the dlogits operand is lifted."""
     case = make(33, depth, 10, torch.float16, device=DEVICE)
-    case = replace(case, weight=case.weight * 2.0**-16, scale=torch.tensor(2.0**16, device=DEVICE))
+    factor = 2.0**exponent
+    case = replace(
+        case,
+        h=case.h / max(factor, 1),
+        weight=case.weight * factor,
+        scale=torch.tensor(1 / factor, device=DEVICE),
+    )
     check(case, case.run())
 
 
