@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -21,7 +21,7 @@ def split(
     model: nn.Module,
     groups: int | None = None,
     example_input: Tensor | None = None,
-    critic: CriticSpec = "pooled_linear",
+    critic: CriticSpec | None = None,
     split_points: Sequence[str] | None = None,
     repeats: int = 5,
 ) -> list[Group]:
@@ -36,7 +36,8 @@ def split(
             submodules other than ``nn.Sequential`` stay whole. It is shared with the groups, not copied.
         groups: number K of groups; may be left out with ``split_points``.
         example_input: [N, ...], a batch as in training; N >= 2 where there is batch norm.
-        critic: a critic's spec (see ``lct_fast.critics``) for every cut, or a list of K - 1 specs.
+        critic: a critic's spec (see ``lct_fast.critics``) for every cut, or a list of K - 1 specs; None for
+            ``pooled_linear`` on feature maps and ``linear`` on vectors.
         split_points: names of the K - 1 modules that start groups 2..K, e.g. ``["layer2", "layer3.4"]``.
         repeats: timings of each unit; the median counts.
 
@@ -68,7 +69,7 @@ def split(
         chosen = _balance(model, graph, starts, groups, example_input, shapes, specs, num_classes, repeats)
     cut_shapes = [shapes[_before(graph, n)] for n in chosen]
     critics = [
-        critic_registry.build(spec, shape, num_classes).to(example_input.device)
+        _head(spec, shape, num_classes, example_input.device)
         for spec, shape in zip(specs, cut_shapes, strict=True)
     ]
     result = make_groups(Cut(model, graph, chosen, num_classes), critics, cut_shapes)
@@ -171,8 +172,8 @@ def _shapes(model: nn.Module, graph: fx.Graph, x: Tensor) -> tuple[dict[fx.Node,
     return recorder.shapes, out.shape[-1]
 
 
-def _critic_specs(critic: CriticSpec, groups: int) -> list[str]:
-    specs = [critic] * (groups - 1) if isinstance(critic, str) else list(critic)
+def _critic_specs(critic: CriticSpec | None, groups: int) -> list[str | None]:
+    specs = [critic] * (groups - 1) if critic is None or isinstance(critic, str) else list(critic)
     if len(specs) == 1:
         specs *= groups - 1
     if len(specs) != groups - 1 and groups > 1:
@@ -197,7 +198,7 @@ def _named(starts: list[fx.Node], names: Sequence[str]) -> list[fx.Node]:
 
 def _balance(
     model: nn.Module, graph: fx.Graph, starts: list[fx.Node], groups: int, x: Tensor,
-    shapes: dict[fx.Node, tuple[int, ...]], specs: list[str], num_classes: int, repeats: int,
+    shapes: dict[fx.Node, tuple[int, ...]], specs: list[str | None], num_classes: int, repeats: int,
 ) -> list[fx.Node]:
     """The cuts that make the slowest group fastest."""
     if groups == 1:
@@ -222,19 +223,21 @@ def _balance(
     return [starts[i] for i in ends]
 
 
-def _head(spec: str, shape: tuple[int, ...], num_classes: int, device: torch.device) -> Critic:
+def _head(spec: str | None, shape: tuple[int, ...], num_classes: int, device: torch.device) -> Critic:
+    if spec is None:
+        spec = "pooled_linear" if len(shape) == 3 else "linear"
     return critic_registry.build(spec, shape, num_classes).to(device)
 
 
-def _fits(spec: str, shape: tuple[int, ...], num_classes: int) -> bool:
+def _fits(spec: str | None, shape: tuple[int, ...], num_classes: int) -> bool:
     try:
-        critic_registry.build(spec, shape, num_classes)
+        _head(spec, shape, num_classes, torch.device("meta"))
     except ValueError:
         return False
     return True
 
 
-def _partition(cost: list[float], groups: int, critic_cost) -> list[int]:  # type: ignore[no-untyped-def]
+def _partition(cost: list[float], groups: int, critic_cost: Callable[[int, int], float]) -> list[int]:
     """Indices i of the units after which to cut, minimising the largest group + critic; exact, by dynamic programming.
 
     ``critic_cost(k, i)`` is the cost of critic k (from 0) on the output of unit i.

@@ -222,7 +222,7 @@ class Trainer:
                     f"group {k + 1} changed its input in place ({worker.group.units[0]}): what crosses a cut is shared, "
                     f"use inplace=False in the first layer after it"
                 )
-            self._check_finite(k, t, x, y, result.loss)
+            self._check_finite(k, worker, result.loss)
             if updates_now:
                 with span("optimizer"):
                     self._update(worker)
@@ -307,6 +307,9 @@ class Trainer:
             raise ValueError(f"expected inputs and targets of one batch, got {tuple(x.shape)} and {tuple(y.shape)}")
         if len(x) == 0:
             raise ValueError("expected at least one sample in the batch, got none")
+        # Before group 1 runs: its batch norm would take a bad input into its running statistics.
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise NonFiniteError(f"the input of batch {self.batch} holds NaN or Inf: nothing was updated; clean the data")
         if self.objective.loss is not None:
             return
         if y.is_floating_point():
@@ -314,22 +317,21 @@ class Trainer:
                 raise ValueError(f"soft labels: expected [{len(x)}, {self.num_classes}], got {list(y.shape)}")
         elif y.dtype != torch.int64 or y.dim() != 1:
             raise ValueError(f"labels: expected int64 [{len(x)}], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
-
-    def _check_finite(self, k: int, batch: int, x: Tensor, y: Tensor, loss: Tensor) -> None:
-        if bool(torch.isfinite(loss).all()):
-            return
-        if not y.is_floating_point() and self.objective.loss is None:
+        else:
             bad = (y != self.objective.ignore_index) & ((y < 0) | (y >= self.num_classes))
             if bool(bad.any()):
                 raise ValueError(
-                    f"label out of range at batch {batch}: expected 0..{self.num_classes - 1} or "
-                    f"{self.objective.ignore_index} (ignored), got {int(y[bad][0])}; nothing was updated with it"
+                    f"label out of range at batch {self.batch}: expected 0..{self.num_classes - 1} or "
+                    f"{self.objective.ignore_index} (ignored), got {int(y[bad][0])}; nothing was updated"
                 )
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-            raise NonFiniteError(f"the input of batch {batch} holds NaN or Inf: group {k + 1} was not updated; clean the data")
-        raise NonFiniteError(
-            f"the loss of group {k + 1} at batch {batch} is NaN or Inf: the group was not updated; lower its learning rate"
-        )
+
+    def _check_finite(self, k: int, worker: Worker, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss).all()):
+            worker.group.zero_grad()
+            raise NonFiniteError(
+                f"the loss of group {k + 1} at batch {self.batch} is NaN or Inf: the group was not updated; lower its "
+                f"learning rate and go on from the last checkpoint"
+            )
 
 
 def _device_of(group: Group) -> torch.device:
