@@ -76,5 +76,5 @@ def main(backend: str, device: str, few: bool) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     main(sys.argv[1], sys.argv[2], "--few" in sys.argv[3:])
