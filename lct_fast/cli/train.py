@@ -154,7 +154,7 @@ class Loop:
         seconds = self.trainer.meter.step_seconds_median() or 0.0
         optimizer = self.trainer.workers[0].optimizer
         self.folder.log({
-            "kind": "interval", "step": self.trainer.batch, "epoch": epoch, "seconds": self.seconds, "loss": losses,
+            "kind": "interval", "step": self.trainer.batch, "epoch": epoch + 1, "seconds": self.seconds, "loss": losses,
             "lr": float(optimizer.param_groups[0]["lr"]) if optimizer else None,
             "samples_per_second": self.config.batch_size / seconds if seconds else None,  # type: ignore[operator]
         })  # fmt: skip
@@ -163,7 +163,7 @@ class Loop:
     def _log_epoch(self, epoch: int) -> None:
         result = self.trainer.evaluate((x, y) for _, x, y in self.test.epoch(0))
         self.last = {
-            "kind": "epoch", "epoch": epoch, "step": self.trainer.batch, "seconds": self.seconds,
+            "kind": "epoch", "epoch": epoch + 1, "step": self.trainer.batch, "seconds": self.seconds,
             "train_loss": (self.epoch_sum / max(self.epoch_count, 1)).tolist(), "test_loss": result.loss,
             "exit_test_accuracy": result.accuracy, "test_accuracy": result.accuracy[-1],
         }  # fmt: skip

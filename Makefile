@@ -1,0 +1,51 @@
+# The few verbs. `make demo` and `make test` need nothing but Python >= 3.11 and a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two processes of one thread each use two cores better than one process of two on small tensors.
+THREADS := OMP_NUM_THREADS=1
+
+.PHONY: demo test lint bench build gpu clean
+
+demo: $(VENV)/installed
+	rm -rf runs/demo
+	$(BIN)/lct-fast train --data digits --method local-critic --groups 4 --out runs/demo/local-critic
+	$(BIN)/lct-fast train --data digits --method backprop --out runs/demo/backprop
+	$(BIN)/lct-fast eval runs/demo/local-critic
+	$(BIN)/lct-fast report runs/demo/local-critic runs/demo/backprop --out runs/demo/report.html
+
+test: $(VENV)/installed-test
+	@$(THREADS) $(BIN)/python -m pytest --shard 0/2 >$(VENV)/shard-0.txt 2>&1 & other=$$!; \
+	$(THREADS) $(BIN)/python -m pytest --shard 1/2; mine=$$?; \
+	wait $$other; theirs=$$?; cat $(VENV)/shard-0.txt; exit $$((mine | theirs))
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.critic_head_cpu --out benchmarks/results/critic_head_cpu.json
+
+# Recompiles the native module in place after a change under csrc/.
+build: $(VENV)/installed
+	$(BIN)/pip install -q --no-deps -e .
+
+# On a CUDA machine without network, in the Python that holds its torch.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu
+
+clean:
+	rm -rf build dist *.egg-info lct_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -U pip
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@
