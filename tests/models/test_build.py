@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import relu
 
 from lct_fast import models
 
@@ -190,3 +191,19 @@ def test_empty_sizes_are_refused(what: str) -> None:
 def test_spec_ignores_spaces() -> None:
     net = models.build(" mlp : hidden = 8 , depth = 1 ", 2, in_channels=1, image_size=3)
     assert [tuple(p.shape) for p in net.parameters()] == [(8, 9), (8,), (2, 8), (2,)]
+
+
+@pytest.mark.parametrize(("name", "last"), [("preact_resnet18", "conv2"), ("preact_resnet50", "conv3")])
+def test_residual_blocks_pass_their_input_on(name: str, last: str) -> None:
+    """Pre-activation: with a silent last convolution a block is its shortcut, identity or projection."""
+    stage = models.build(f"{name}:width=0.0625", 10).layer2
+    x = torch.randn(2, stage[0].conv1.in_channels, 6, 6)
+    for block in stage:
+        nn.init.zeros_(block.get_submodule(last).weight)
+        first = relu(block.norm1(x))
+        expected = x if block.shortcut is None else block.shortcut(first)
+        x = block(x)
+        assert torch.equal(x, expected)
+    assert x.shape[2:] == (3, 3)
+    assert stage[0].shortcut is not None
+    assert stage[1].shortcut is None
