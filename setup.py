@@ -34,6 +34,8 @@ X86_LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wno-unknown-pragmas"]
+# GCC 12 takes the undefined registers in its own AVX-512 headers for uninitialized ones (its PR 105593).
+QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 def compiler() -> str:
@@ -43,7 +45,9 @@ def compiler() -> str:
     for name in ("g++", "c++", "clang++"):
         if shutil.which(name):
             return name
-    raise SystemExit("lct-fast needs a C++17 compiler and found none of g++, c++, clang++; install one or set CXX")
+    raise SystemExit(
+        "lct-fast needs a C++17 compiler, found none of g++, c++, clang++; install one or set CXX"
+    )
 
 
 def find_nvcc() -> Path | None:
@@ -53,7 +57,9 @@ def find_nvcc() -> Path | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if found is None and wanted == "1":
-        raise SystemExit("LCT_CUDA=1 but nvcc is neither on the PATH nor under CUDA_HOME; set one, or LCT_CUDA=0")
+        raise SystemExit(
+            "LCT_CUDA=1 but no nvcc on the PATH or under CUDA_HOME; set one of them, or LCT_CUDA=0"
+        )
     return Path(found) if found else None
 
 
@@ -69,7 +75,8 @@ def toolkit(nvcc: Path) -> tuple[str, str]:
             words[key.strip()] = value.strip()
     if "INCLUDES" not in words or "LIBRARIES" not in words:
         raise SystemExit(f"cannot read the CUDA toolkit's folders from `{nvcc} --dryrun`:\n{probe.stderr}")
-    return words["INCLUDES"].replace("-I", "-isystem ", 1).replace('"', ""), words["LIBRARIES"].replace('"', "")
+    includes, libraries = (words[key].replace('"', "") for key in ("INCLUDES", "LIBRARIES"))
+    return includes.replace("-I", "-isystem "), libraries
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
@@ -113,6 +120,10 @@ class NinjaBuild(build_ext):
         fresh.replace(target)
 
 
+def native_files() -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
+
+
 def write_ninja(path: Path, output: Path) -> None:
     import pybind11
     from ninja import ninja_syntax
@@ -123,7 +134,8 @@ def write_ninja(path: Path, output: Path) -> None:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     levels = X86_LEVELS if x86 else {"scalar": []}
 
-    base = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS, f"-I{CSRC / 'include'}", f"-I{CSRC}"]
+    base = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+    base += [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
     if x86:
         base.append("-DLCT_X86")
     base += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -170,10 +182,9 @@ def write_ninja(path: Path, output: Path) -> None:
         compile_cxx(CSRC / "bindings.cpp", "bindings", [*python, *info])
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.stem.endswith("_simd"):
-                # GCC 12 calls the undefined registers of its own AVX-512 headers uninitialized (its PR 105593).
-                quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
                 for level, flags in levels.items():
-                    compile_cxx(source, f"{source.stem}.{level}", [*flags, *quiet, f"-DLCT_SIMD_LEVEL={level}"])
+                    flags = [*flags, *QUIET, f"-DLCT_SIMD_LEVEL={level}"]
+                    compile_cxx(source, f"{source.stem}.{level}", flags)
             else:
                 compile_cxx(source, source.stem, [])
         if archs:
@@ -195,6 +206,7 @@ def write_ninja(path: Path, output: Path) -> None:
 
 setup(
     packages=["lct_fast.kernels", *find_packages(include=["lct_fast", "lct_fast.*"])],
-    ext_modules=[Extension("lct_fast._C", sources=[])],
+    # ninja knows the sources; setuptools needs them for the source distribution.
+    ext_modules=[Extension("lct_fast._C", sources=[], depends=native_files())],
     cmdclass={"build_ext": NinjaBuild},
 )
