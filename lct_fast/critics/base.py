@@ -33,7 +33,8 @@ class Critic(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Logits [N, classes]."""
         u = self.features(h)
-        return self.head(F.relu(u) if self.activation == "relu" else u)
+        logits: Tensor = self.head(F.relu(u) if self.activation == "relu" else u)
+        return logits
 
 
 def image_shape(critic: str, shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -36,4 +36,5 @@ class CnnAuxCritic(Critic):
         he_init(self, self.head)
 
     def features(self, h: Tensor) -> Tensor:
-        return self.norm(pool_to(self.convs(h), 2)).flatten(1)
+        u: Tensor = self.norm(pool_to(self.convs(h), 2))
+        return u.flatten(1)

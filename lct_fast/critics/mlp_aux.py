@@ -36,4 +36,5 @@ class MlpAuxCritic(Critic):
         he_init(self, self.head)
 
     def features(self, h: Tensor) -> Tensor:
-        return self.mlp(pool_to(h, 2).flatten(1))
+        u: Tensor = self.mlp(pool_to(h, 2).flatten(1))
+        return u

@@ -42,4 +42,5 @@ class MlpSrAuxCritic(Critic):
         he_init(self, self.head)
 
     def features(self, h: Tensor) -> Tensor:
-        return self.mlp(pool_to(self.convs(pool_to(h, self.side)), 2).flatten(1))
+        u: Tensor = self.mlp(pool_to(self.convs(pool_to(h, self.side)), 2).flatten(1))
+        return u

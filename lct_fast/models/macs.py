@@ -28,4 +28,5 @@ def macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
     x = torch.empty(rows, *input_shape, dtype=dtype, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(module, ghosts, (x,))
-    return counter.get_total_flops() // (2 * rows)
+    flops: int = counter.get_total_flops()
+    return flops // (2 * rows)

@@ -28,9 +28,10 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.norm1(x))
-        skip = x if self.shortcut is None else self.shortcut(a)
-        return self.conv2(F.relu(self.norm2(self.conv1(a)))) + skip
+        a: Tensor = F.relu(self.norm1(x))
+        skip: Tensor = x if self.shortcut is None else self.shortcut(a)
+        a = self.conv2(F.relu(self.norm2(self.conv1(a))))
+        return a + skip
 
 
 class BottleneckBlock(nn.Module):
@@ -53,10 +54,11 @@ class BottleneckBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.norm1(x))
-        skip = x if self.shortcut is None else self.shortcut(a)
+        a: Tensor = F.relu(self.norm1(x))
+        skip: Tensor = x if self.shortcut is None else self.shortcut(a)
         a = self.conv2(F.relu(self.norm2(self.conv1(a))))
-        return self.conv3(F.relu(self.norm3(a))) + skip
+        a = self.conv3(F.relu(self.norm3(a)))
+        return a + skip
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d | None:
@@ -96,7 +98,8 @@ def preact_resnet(
 
     Args:
         depth: one of DEPTHS.
-        num_classes, in_channels, image_size: classes; channels and side of the images, at least 8 pixels.
+        num_classes, in_channels, image_size: classes; channels and side of the images, at least 8 pixels
+            (4 at depth 110).
         width: factor on all channels.
     """
     block, blocks, base = _NETS[depth]
