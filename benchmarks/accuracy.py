@@ -34,7 +34,10 @@ class Run:
 def digits() -> list[Run]:
     """Five seeds of each method at the data set's default options, 4 groups."""
     return [
-        Run(f"{method}-seed{seed}", ["--data", "digits", "--method", method, "--groups", "4", "--seed", str(seed)])
+        Run(
+            f"{method}-seed{seed}",
+            ["--data", "digits", "--method", method, "--groups", "4", "--seed", str(seed)],
+        )
         for method in ("backprop", "greedy", "local-critic")
         for seed in range(5)
     ]
@@ -49,8 +52,18 @@ def cifar10(data: str, images: int, epochs: int, seed: int) -> list[Run]:
         "local-critic-conv": ["--method", "local-critic", "--critic", CONV],
         "greedy-conv": ["--method", "greedy", "--critic", CONV],
     }
-    common = ["--data", f"cifar10:{data}", "--limit", str(images), "--model", "lct_vgg:width=0.25", "--groups", "4",
-              "--seed", str(seed)]
+    common = [
+        "--data",
+        f"cifar10:{data}",
+        "--limit",
+        str(images),
+        "--model",
+        "lct_vgg:width=0.25",
+        "--groups",
+        "4",
+        "--seed",
+        str(seed),
+    ]
     return [
         Run(f"{name}-{length}x", [*common, *options, "--epochs", str(epochs * length)])
         for length in (1, 3)
@@ -62,7 +75,17 @@ def execute(run: Run, folder: Path, threads: int) -> dict[str, Any]:
     """Trains, or reads the summary of a run that is complete; a run cut short goes on."""
     out = folder / run.name
     if not (out / "summary.json").exists():
-        command = [sys.executable, "-m", "lct_fast", "train", *run.options, "--threads", str(threads), "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "lct_fast",
+            "train",
+            *run.options,
+            "--threads",
+            str(threads),
+            "--out",
+            str(out),
+        ]
         if (out / "config.yaml").exists():
             command.append("--resume")
         done = subprocess.run(command, capture_output=True, text=True)
@@ -70,7 +93,10 @@ def execute(run: Run, folder: Path, threads: int) -> dict[str, Any]:
             raise RuntimeError(f"{run.name}: {done.stderr.strip().splitlines()[-1]}")
     summary = json.loads((out / "summary.json").read_text())
     exits = " ".join(f"{a:.2%}" for a in summary["exit_test_accuracy"])
-    print(f"{run.name:<26} {summary['test_accuracy']:7.2%}  exits {exits}  {summary['seconds']:.0f} s", flush=True)
+    print(
+        f"{run.name:<26} {summary['test_accuracy']:7.2%}  exits {exits}  {summary['seconds']:.0f} s",
+        flush=True,
+    )
     options = [o if "/" not in o else o.partition(":")[0] + ":PATH" for o in run.options]
     return {"name": run.name, "options": options, **summary}
 
@@ -101,7 +127,9 @@ def gaps(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def main() -> int:
     """Runs a suite and writes its result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("suite", choices=("digits", "cifar10"))
     parser.add_argument("--data", help="cifar10: the data set's PATH")
     parser.add_argument("--images", type=int, default=12500, help="cifar10: training images")

@@ -68,7 +68,9 @@ def load(path: Path | str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         model = models.build(description["model"], len(description["classes"]), channels, size)
         groups = split(
-            model, example_input=torch.zeros(2, channels, size, size), critic=description["critic"],
+            model,
+            example_input=torch.zeros(2, channels, size, size),
+            critic=description["critic"],
             split_points=description["split"],
         )
     module = exit_module(groups, description["exit"])

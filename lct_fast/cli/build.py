@@ -37,7 +37,7 @@ def set_up(config: Config) -> list[torch.device]:
             raise ConfigError(f"device {d}: this machine shows {count} CUDA devices; use --device cpu")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Deterministic mode would also fill every torch.empty with NaN, which nothing here reads.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     return devices
 
@@ -49,70 +49,100 @@ def load_data(config: Config) -> ImageData:
 
 def training_batches(config: Config, images: ImageData, device: torch.device) -> Batches:
     """The training set in seeded order, augmented; incomplete last batches are dropped."""
-    if len(images.train_labels) < config.batch_size:  # type: ignore[operator]
-        raise ConfigError(f"batch_size {config.batch_size} is larger than the {len(images.train_labels)} training images")
+    if len(images.train_labels) < config.batch_size:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is larger than the {len(images.train_labels)} training images"
+        )
     return Batches(
-        images.train_images, images.train_labels, config.batch_size, mean=images.mean, std=images.std,
-        seed=config.seed, shuffle=True, augment=config.augment, drop_last=True, device=device,
-    )  # fmt: skip
+        images.train_images,
+        images.train_labels,
+        config.batch_size,
+        mean=images.mean,
+        std=images.std,
+        seed=config.seed,
+        shuffle=True,
+        augment=config.augment,
+        drop_last=True,
+        device=device,
+    )
 
 
 def test_batches(config: Config, images: ImageData, device: torch.device) -> Batches:
     """The test set in order."""
     return Batches(
-        images.test_images, images.test_labels, 500, mean=images.mean, std=images.std, seed=config.seed,
-        shuffle=False, augment="none", drop_last=False, device=device,
-    )  # fmt: skip
+        images.test_images,
+        images.test_labels,
+        500,
+        mean=images.mean,
+        std=images.std,
+        seed=config.seed,
+        shuffle=False,
+        augment="none",
+        drop_last=False,
+        device=device,
+    )
 
 
 def build_groups(config: Config, images: ImageData, device: torch.device) -> list[Group]:
     """The model, cut. A split found by measurement is written into ``config`` so that a resumed run repeats it."""
     channels, height = images.train_images.shape[1], images.train_images.shape[2]
-    model = models.build(config.model, len(images.classes), channels, height).to(device)  # type: ignore[arg-type]
-    example = torch.zeros(config.batch_size, *images.train_images.shape[1:], device=device)  # type: ignore[arg-type]
+    model = models.build(config.model, len(images.classes), channels, height).to(device)
+    example = torch.zeros(config.batch_size, *images.train_images.shape[1:], device=device)
     example.copy_(images.train_images[:1].expand_as(example))
-    points = config.split if config.split is not None else models.default_splits(config.model, config.groups)  # type: ignore[arg-type]
-    groups = split(model, config.groups, example, critic=config.critic, split_points=points)  # type: ignore[arg-type]
+    points = config.split if config.split is not None else models.default_splits(config.model, config.groups)
+    groups = split(model, config.groups, example, critic=config.critic, split_points=points)
     config.split = [g.units[0] for g in groups[1:]]
     return groups
 
 
 def total_steps(config: Config, per_epoch: int) -> int:
     """Batches of the whole run."""
-    planned = config.epochs * per_epoch  # type: ignore[operator]
+    planned = config.epochs * per_epoch
     return min(planned, config.steps) if config.steps else planned
 
 
 def build_trainer(config: Config, groups: list[Group], devices: list[torch.device], steps: int) -> Trainer:
     """The trainer of a run of ``steps`` batches."""
     return Trainer(
-        groups, _method(config), codec=config.codec, devices=devices, optimizer=partial(_optimizer, config),
+        groups,
+        _method(config),
+        codec=config.codec,
+        devices=devices,
+        optimizer=partial(_optimizer, config),
         scheduler=partial(_scheduler, config, math.ceil(steps / config.accumulate)),
-        feedback_delay=config.feedback_delay, accumulate=config.accumulate, clip_norm=config.clip_norm,
-        ignore_index=config.ignore_index, autocast=torch.bfloat16 if config.autocast == "bf16" else None,
-        compile=config.compile, channels_last=config.channels_last,
-    )  # fmt: skip
+        feedback_delay=config.feedback_delay,
+        accumulate=config.accumulate,
+        clip_norm=config.clip_norm,
+        ignore_index=config.ignore_index,
+        autocast=torch.bfloat16 if config.autocast == "bf16" else None,
+        compile=config.compile,
+        channels_last=config.channels_last,
+    )
 
 
 def _method(config: Config) -> Method:
     if config.method == LocalCritic.name:
-        return LocalCritic(config.critic_every, config.critic_loss, partial(torch.optim.Adam, lr=config.critic_lr))
+        return LocalCritic(
+            config.critic_every, config.critic_loss, partial(torch.optim.Adam, lr=config.critic_lr)
+        )
     return METHODS[config.method]()
 
 
 def _optimizer(config: Config, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "sgd":
-        return torch.optim.SGD(params, lr, config.momentum, weight_decay=decay, nesterov=config.momentum > 0)  # type: ignore[arg-type]
+        return torch.optim.SGD(params, lr, config.momentum, weight_decay=decay, nesterov=config.momentum > 0)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(params, lr, weight_decay=decay)  # type: ignore[arg-type]
+    return kind(params, lr, weight_decay=decay)
 
 
-def _scheduler(config: Config, updates: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+def _scheduler(
+    config: Config, updates: int, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
     schedulers = torch.optim.lr_scheduler
     if config.lr_schedule == "onecycle":
         # One update more than planned: OneCycleLR counts the step of its construction.
-        return schedulers.OneCycleLR(optimizer, config.lr, updates + 1, cycle_momentum=False)  # type: ignore[arg-type]
+        return schedulers.OneCycleLR(optimizer, config.lr, updates + 1, cycle_momentum=False)
     if config.lr_schedule == "step":
         # arXiv 2102.01963: a tenth at 50 and 75 % of the run.
         return schedulers.MultiStepLR(optimizer, [updates // 2, updates * 3 // 4], 0.1)

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field; ``None`` as default means: taken from the data set's table below."""
+    """A field. ``None`` as default of one that is not optional means: from the data set's table below."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -33,28 +33,33 @@ class Config:
 
     data: str = _option("digits", "digits | cifar10:PATH | cifar100:PATH | images:DIR")
     limit: int | None = _option(None, "train on this many images, balanced over the classes")
-    model: str | None = _option(None, "a model's spec, e.g. lct_vgg:width=0.25")
+    model: str = _option(None, "a model's spec, e.g. lct_vgg:width=0.25")
     method: str = _option("local-critic", "how groups learn", METHODS)
     groups: int = _option(4, "number of groups K")
-    split: list[str] | None = _option(None, "names of the modules that start groups 2..K; default: the model's own, else balanced by measurement")
-    critic: list[str] | None = _option(None, "critic's spec, one for all cuts or one a cut, e.g. conv_fc:convs=1")
+    split: list[str] | None = _option(
+        None,
+        "names of the modules that start groups 2..K; default: the model's own, else balanced by measurement",
+    )
+    critic: list[str] = _option(None, "critic's spec, one for all cuts or one a cut, e.g. conv_fc:convs=1")
     critic_every: int = _option(1, "update the critics on every n-th update (local-critic)")
     critic_loss: str = _option("l1", "the critic's loss (local-critic)", ("l1", "one_sided"))
     critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
     codec: str = _option("none", "what crosses a cut: none | bf16")
     schedule: str = _option("lockstep", "how groups share time", SCHEDULES)
     feedback_delay: int = _option(0, "batches until a critic learns from a batch (local-critic)")
-    epochs: int | None = _option(None, "passes over the data")
+    epochs: int = _option(None, "passes over the data")
     steps: int | None = _option(None, "stop after this many batches; with it, epochs only bounds the run")
-    batch_size: int | None = _option(None, "samples a batch")
+    batch_size: int = _option(None, "samples a batch")
     accumulate: int = _option(1, "batches to an update")
     optimizer: str = _option("sgd", "each group's optimiser", OPTIMIZERS)
-    lr: float | None = _option(None, "learning rate (its peak, with onecycle)")
+    lr: float = _option(None, "learning rate (its peak, with onecycle)")
     momentum: float = _option(0.9, "momentum of sgd (Nesterov)")
     weight_decay: float = _option(5e-4, "L2 weight decay")
-    lr_schedule: str = _option("onecycle", "onecycle | step (/10 at 50 and 75 %%) | cosine | constant", LR_SCHEDULES)
+    lr_schedule: str = _option(
+        "onecycle", "onecycle | step (/10 at 50 and 75 %%) | cosine | constant", LR_SCHEDULES
+    )
     clip_norm: float | None = _option(None, "largest gradient norm of a group")
-    augment: str | None = _option(None, "augmentation of training images", AUGMENT)
+    augment: str = _option(None, "augmentation of training images", AUGMENT)
     ignore_index: int = _option(-100, "label that carries no loss")
     autocast: str = _option("none", "mixed precision", ("none", "bf16"))
     compile: bool = _option(False, "run groups through torch.compile")
@@ -67,8 +72,22 @@ class Config:
 
 
 # What fits a data set when the user doesn't say; the rest are for 32x32 and larger images.
-_DIGITS = {"model": "digits_cnn", "epochs": 20, "batch_size": 64, "lr": 0.05, "augment": "none", "critic": ["pooled_linear:pool=2"]}
-_IMAGES = {"model": "lct_vgg", "epochs": 50, "batch_size": 128, "lr": 0.1, "augment": "crop_flip", "critic": ["pooled_linear:pool=4"]}
+_DIGITS = {
+    "model": "digits_cnn",
+    "epochs": 20,
+    "batch_size": 64,
+    "lr": 0.05,
+    "augment": "none",
+    "critic": ["pooled_linear:pool=2"],
+}
+_IMAGES = {
+    "model": "lct_vgg",
+    "epochs": 50,
+    "batch_size": 128,
+    "lr": 0.1,
+    "augment": "crop_flip",
+    "critic": ["pooled_linear:pool=4"],
+}
 
 
 def resolve(given: dict[str, Any]) -> Config:

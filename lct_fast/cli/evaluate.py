@@ -45,7 +45,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{trained.images.name}, {len(labels)} test images")
     for name, row in result.items():
-        leaving = "  leaving at each exit: " + " ".join(f"{s:.1%}" for s in row["leaving"]) if "leaving" in row else ""
+        leaving = (
+            "  leaving at each exit: " + " ".join(f"{s:.1%}" for s in row["leaving"])
+            if "leaving" in row
+            else ""
+        )
         print(f"{name:<18} {row['accuracy']:7.2%}{leaving}")
     return 0
 

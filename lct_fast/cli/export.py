@@ -32,12 +32,19 @@ def run(args: argparse.Namespace) -> int:
     k = count if args.exit is None else args.exit
     module = trainer.module(exit=k)
     exported.save(
-        module, args.out,
+        module,
+        args.out,
         {
-            "model": config.model, "classes": images.classes, "channels": images.train_images.shape[1],
-            "size": images.train_images.shape[2], "split": config.split if count > 1 else [],
-            "critic": config.critic, "exit": k, "mean": images.mean.flatten().tolist(), "std": images.std.flatten().tolist(),
+            "model": config.model,
+            "classes": images.classes,
+            "channels": images.train_images.shape[1],
+            "size": images.train_images.shape[2],
+            "split": config.split if count > 1 else [],
+            "critic": config.critic,
+            "exit": k,
+            "mean": images.mean.flatten().tolist(),
+            "std": images.std.flatten().tolist(),
         },
-    )  # fmt: skip
+    )
     print(f"exit {k} of {count}: {parameter_count(module):,} parameters -> {args.out}")
     return 0

@@ -32,7 +32,14 @@ def run(args: argparse.Namespace) -> int:
     print("versions   " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
     print("devices    " + "; ".join(facts["devices"]))
     native = facts["native"]
-    print("native     " + (", ".join(f"{k}: {v}" for k, v in native["build"].items()) if native["build"] else native["absent"]))
+    print(
+        "native     "
+        + (
+            ", ".join(f"{k}: {v}" for k, v in native["build"].items())
+            if native["build"]
+            else native["absent"]
+        )
+    )
     for op, backends in facts["backends"].items():
         print(op)
         for name, state in backends.items():
@@ -55,7 +62,11 @@ def gather() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and what it stands on."""
-    found = {"lct_fast": lct_fast.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "lct_fast": lct_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name in ("triton", "numpy"):
         try:
             found[name] = metadata.version(name)
@@ -82,7 +93,9 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True
+        )
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True
         )

@@ -30,13 +30,17 @@ def load_run(path: Path, data: str | None = None) -> TrainedRun:
         ConfigError, CheckpointError: no run there, or no whole checkpoint.
     """
     if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path} holds no run: expected a folder with config.yaml, as `lct-fast train --out` makes")
+        raise ConfigError(
+            f"{path} holds no run: expected a folder with config.yaml, as `lct-fast train --out` makes"
+        )
     config = resolve(read_yaml(path / "config.yaml"))
     if data is not None:
         config.data = data
     found = checkpoint.latest(path / "checkpoints")
     if found is None:
-        raise ConfigError(f"{path} holds no whole checkpoint yet: go on with `lct-fast train --resume --out {path}`")
+        raise ConfigError(
+            f"{path} holds no whole checkpoint yet: go on with `lct-fast train --resume --out {path}`"
+        )
     devices = build.set_up(config)
     images = build.load_data(config)
     groups = build.build_groups(config, images, devices[0])

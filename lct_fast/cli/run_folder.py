@@ -24,7 +24,9 @@ class RunFolder:
     def create(self, config: Config) -> None:
         """A new run; refuses a folder that already holds one."""
         if (self.path / "config.yaml").exists():
-            raise ConfigError(f"{self.path} already holds a run: add --resume to go on with it, or choose another --out")
+            raise ConfigError(
+                f"{self.path} already holds a run: add --resume to go on with it, or choose another --out"
+            )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_yaml(config, self.path / "config.yaml")

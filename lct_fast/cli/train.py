@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         exits = "  ".join(f"exit {k} {a:.2%}" for k, a in enumerate(summary["exit_test_accuracy"], 1))
         print(f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}  ({exits})")
-        print(f"{summary['seconds']:.0f} s, {summary['step_seconds_median'] * 1e3:.1f} ms a step; run folder {out}")
+        print(
+            f"{summary['seconds']:.0f} s, {summary['step_seconds_median'] * 1e3:.1f} ms a step; run folder {out}"
+        )
     return 0
 
 
@@ -87,7 +89,14 @@ class Loop:
     """Epochs and batches with logging, evaluation and checkpoints at marked batches."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, trainer: Trainer, batches: Batches, test: Batches, steps: int, quiet: bool
+        self,
+        config: Config,
+        folder: RunFolder,
+        trainer: Trainer,
+        batches: Batches,
+        test: Batches,
+        steps: int,
+        quiet: bool,
     ) -> None:
         self.config, self.folder, self.trainer = config, folder, trainer
         self.batches, self.test, self.steps, self.quiet = batches, test, steps, quiet
@@ -118,7 +127,9 @@ class Loop:
     def run(self) -> None:
         """Trains to the end."""
         per_epoch = len(self.batches)
-        with tqdm(total=self.steps, initial=self.trainer.batch, unit="batch", disable=self.quiet or None) as bar:
+        with tqdm(
+            total=self.steps, initial=self.trainer.batch, unit="batch", disable=self.quiet or None
+        ) as bar:
             while self.trainer.batch < self.steps:
                 epoch, start = divmod(self.trainer.batch, per_epoch)
                 self._epoch(epoch, start, bar)
@@ -153,26 +164,39 @@ class Loop:
         self.interval = []
         seconds = self.trainer.meter.step_seconds_median() or 0.0
         optimizer = self.trainer.workers[0].optimizer
-        self.folder.log({
-            "kind": "interval", "step": self.trainer.batch, "epoch": epoch + 1, "seconds": self.seconds, "loss": losses,
-            "lr": float(optimizer.param_groups[0]["lr"]) if optimizer else None,
-            "samples_per_second": self.config.batch_size / seconds if seconds else None,  # type: ignore[operator]
-        })  # fmt: skip
+        self.folder.log(
+            {
+                "kind": "interval",
+                "step": self.trainer.batch,
+                "epoch": epoch + 1,
+                "seconds": self.seconds,
+                "loss": losses,
+                "lr": float(optimizer.param_groups[0]["lr"]) if optimizer else None,
+                "samples_per_second": self.config.batch_size / seconds if seconds else None,
+            }
+        )
         bar.set_postfix_str("loss " + " ".join(f"{v:.3f}" for v in losses))
 
     def _log_epoch(self, epoch: int) -> None:
         result = self.trainer.evaluate((x, y) for _, x, y in self.test.epoch(0))
         self.last = {
-            "kind": "epoch", "epoch": epoch + 1, "step": self.trainer.batch, "seconds": self.seconds,
-            "train_loss": (self.epoch_sum / max(self.epoch_count, 1)).tolist(), "test_loss": result.loss,
-            "exit_test_accuracy": result.accuracy, "test_accuracy": result.accuracy[-1],
-        }  # fmt: skip
+            "kind": "epoch",
+            "epoch": epoch + 1,
+            "step": self.trainer.batch,
+            "seconds": self.seconds,
+            "train_loss": (self.epoch_sum / max(self.epoch_count, 1)).tolist(),
+            "test_loss": result.loss,
+            "exit_test_accuracy": result.accuracy,
+            "test_accuracy": result.accuracy[-1],
+        }
         self.folder.log(self.last)
         self.epoch_sum.zero_()
         self.epoch_count = 0
         if not self.quiet:
             exits = " ".join(f"{a:.2%}" for a in result.accuracy)
-            tqdm.write(f"epoch {epoch + 1:3d}  batch {self.trainer.batch:6d}  test accuracy of the exits: {exits}")
+            tqdm.write(
+                f"epoch {epoch + 1:3d}  batch {self.trainer.batch:6d}  test accuracy of the exits: {exits}"
+            )
 
 
 def _summary(config: Config, trainer: Trainer, loop: Loop, data_name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON, one file a group, a manifest of hashes; a checkpoint exists once it is renamed.
 
-    step-00000120/group-1.safetensors ... rng.safetensors manifest.json
+step-00000120/group-1.safetensors ... rng.safetensors manifest.json
 """
 
 from __future__ import annotations
@@ -77,14 +77,16 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any], keep: int = 2) -
 
 
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Puts the checkpoint at ``path`` into ``trainer`` and returns ``extra``. Everything is checked before it is changed.
+    """Puts the checkpoint at ``path`` into ``trainer``, once all of it is checked, and returns ``extra``.
 
     Raises:
         CheckpointError: missing or damaged files, or a checkpoint of another model, split or method.
     """
     manifest = read_manifest(path)
     if manifest["method"] != trainer.method.name:
-        raise CheckpointError(f"{path} was made by method {manifest['method']!r}, this run uses {trainer.method.name!r}")
+        raise CheckpointError(
+            f"{path} was made by method {manifest['method']!r}, this run uses {trainer.method.name!r}"
+        )
     found, expected = [g["units"] for g in manifest["groups"]], [w.group.units for w in trainer.workers]
     if found != expected:
         raise CheckpointError(
@@ -143,7 +145,9 @@ def _read(path: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: use an older checkpoint") from None
     if digest != manifest["sha256"].get(name):
-        raise CheckpointError(f"{file} is damaged (its SHA-256 is not the manifest's): use an older checkpoint")
+        raise CheckpointError(
+            f"{file} is damaged (its SHA-256 is not the manifest's): use an older checkpoint"
+        )
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -171,8 +175,12 @@ def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in ("optimizer", "critic_optimizer"):
         optimizer = getattr(worker, name)
         description[name] = None if optimizer is None else _pack(optimizer.state_dict(), name, tensors)
-    description["schedulers"] = [_pack(_plain(s.state_dict()), f"scheduler.{i}", tensors) for i, s in enumerate(worker.schedulers)]
-    description["pending"] = [_pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.pending)]
+    description["schedulers"] = [
+        _pack(_plain(s.state_dict()), f"scheduler.{i}", tensors) for i, s in enumerate(worker.schedulers)
+    ]
+    description["pending"] = [
+        _pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.pending)
+    ]
     return {n: t.detach().contiguous().clone() for n, t in tensors.items()}, description
 
 
@@ -191,9 +199,14 @@ def _unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict
 def _pending_state(pending: Pending) -> dict[str, Any]:
     slot = pending.slot
     return {
-        "batch": pending.batch, "next_loss": pending.next_loss, "u": slot.u, "dlogits": slot.dlogits,
-        "loss": slot.loss, "scale": slot.scale, "layers": {n: list(pair) for n, pair in slot.layers.items()},
-    }  # fmt: skip
+        "batch": pending.batch,
+        "next_loss": pending.next_loss,
+        "u": slot.u,
+        "dlogits": slot.dlogits,
+        "loss": slot.loss,
+        "scale": slot.scale,
+        "layers": {n: list(pair) for n, pair in slot.layers.items()},
+    }
 
 
 def _pending(state: dict[str, Any], device: torch.device) -> Pending:
@@ -201,7 +214,9 @@ def _pending(state: dict[str, Any], device: torch.device) -> Pending:
         return t.to(device)
 
     layers = {n: (place(x), place(g)) for n, (x, g) in state["layers"].items()}
-    slot = Slot(place(state["u"]), place(state["dlogits"]), place(state["loss"]), place(state["scale"]), layers)
+    slot = Slot(
+        place(state["u"]), place(state["dlogits"]), place(state["loss"]), place(state["scale"]), layers
+    )
     return Pending(state["batch"], slot, place(state["next_loss"]))
 
 
@@ -219,7 +234,11 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         packed: dict[str, Any] = {"tensor": name}
-        if value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+        if (
+            value.dim() == 4
+            and not value.is_contiguous()
+            and value.is_contiguous(memory_format=torch.channels_last)
+        ):
             packed["channels_last"] = True
         return packed
     if isinstance(value, dict):
@@ -257,7 +276,11 @@ def _random_states() -> dict[str, Tensor]:
 def _restore_random_states(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     for name, state in states.items():
-        if name.startswith("cuda:") and torch.cuda.is_available() and int(name[5:]) < torch.cuda.device_count():
+        if (
+            name.startswith("cuda:")
+            and torch.cuda.is_available()
+            and int(name[5:]) < torch.cuda.device_count()
+        ):
             torch.cuda.set_rng_state(state, name)
 
 

@@ -65,11 +65,13 @@ def collect(groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]]) -
     return [torch.cat(p) for p in parts], torch.cat(labels)
 
 
-def evaluate(groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]], objective: Objective) -> Evaluation:
+def evaluate(
+    groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]], objective: Objective
+) -> Evaluation:
     """Loss and accuracy of every exit."""
     logits, labels = collect(groups, batches)
     scale = objective.scale(labels)
-    loss = [float((objective.per_sample(z, labels).sum() * scale)) for z in logits]
+    loss = [float(objective.per_sample(z, labels).sum() * scale) for z in logits]
     return Evaluation(len(labels), loss, [accuracy(z, labels) for z in logits])
 
 

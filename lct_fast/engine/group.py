@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, fx, nn
 
 from lct_fast.critics import Critic
@@ -36,7 +35,13 @@ class Group(nn.Module):
     """
 
     def __init__(
-        self, layers: nn.Module, critic: Critic, *, last: bool, units: list[str], shape: tuple[int, ...],
+        self,
+        layers: nn.Module,
+        critic: Critic,
+        *,
+        last: bool,
+        units: list[str],
+        shape: tuple[int, ...],
         cut: Cut,
     ) -> None:
         super().__init__()
@@ -100,7 +105,9 @@ def build_module(model: nn.Module, nodes: Iterable[fx.Node], critic: Critic | No
             root[str(node.target)] = getattr(model.get_submodule(owner), name)
     if critic is not None:
         if "critic" in root:
-            raise ValueError("the model has a unit named 'critic': rename it, the name is used for the exit's head")
+            raise ValueError(
+                "the model has a unit named 'critic': rename it, the name is used for the exit's head"
+            )
         root["critic"] = critic
         out = graph.call_module("critic", (out,))
     graph.output(out)
@@ -159,8 +166,3 @@ def _classifier(model: nn.Module, nodes: list[fx.Node]) -> tuple[nn.Linear | Non
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def to_device(group: Group, device: torch.device, memory_format: torch.memory_format) -> None:
-    """Move a group in place; 4-d weights take ``memory_format``."""
-    group.to(device=device, memory_format=memory_format)

@@ -49,11 +49,18 @@ class Meter:
             own = name if group < self.groups - 1 or name not in _CRITIC_SPANS else "head"
             self.busy[own] += end - start
             if 0 < self.steps <= self.trace_steps:
-                self._events.append({
-                    "name": own, "cat": "group", "ph": "X", "pid": 0, "tid": group + 1,
-                    "ts": round((start - self._origin) * 1e6, 1), "dur": round((end - start) * 1e6, 1),
-                    "args": {"batch": self.steps},
-                })  # fmt: skip
+                self._events.append(
+                    {
+                        "name": own,
+                        "cat": "group",
+                        "ph": "X",
+                        "pid": 0,
+                        "tid": group + 1,
+                        "ts": round((start - self._origin) * 1e6, 1),
+                        "dur": round((end - start) * 1e6, 1),
+                        "args": {"batch": self.steps},
+                    }
+                )
 
     @contextmanager
     def step(self, samples: int) -> Iterator[None]:

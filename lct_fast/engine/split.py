@@ -46,7 +46,9 @@ def split(
             place, parameters tied across a cut, or a critic that does not fit.
     """
     if example_input is None:
-        raise ValueError("split needs example_input, a batch shaped like those of training: split(model, 4, x)")
+        raise ValueError(
+            "split needs example_input, a batch shaped like those of training: split(model, 4, x)"
+        )
     if split_points is not None:
         if groups is not None and groups != len(split_points) + 1:
             raise ValueError(
@@ -139,7 +141,9 @@ def _before(graph: fx.Graph, start: fx.Node) -> fx.Node:
     """The node whose value crosses the cut in front of ``start``."""
     nodes = list(graph.nodes)
     i = nodes.index(start)
-    return next(n for n in reversed(nodes[:i]) if n.op != "get_attr" and any(nodes.index(u) >= i for u in n.users))
+    return next(
+        n for n in reversed(nodes[:i]) if n.op != "get_attr" and any(nodes.index(u) >= i for u in n.users)
+    )
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -168,12 +172,15 @@ def _shapes(model: nn.Module, graph: fx.Graph, x: Tensor) -> tuple[dict[fx.Node,
     finally:
         model.train(training)
     if not isinstance(out, Tensor) or out.dim() < 2:
-        raise ValueError(f"the model must return logits [N, classes], got {getattr(out, 'shape', type(out).__name__)}")
+        raise ValueError(
+            f"the model must return logits [N, classes], got {getattr(out, 'shape', type(out).__name__)}"
+        )
     return recorder.shapes, out.shape[-1]
 
 
 def _critic_specs(critic: CriticSpec | None, groups: int) -> list[str | None]:
-    specs = [critic] * (groups - 1) if critic is None or isinstance(critic, str) else list(critic)
+    one = critic is None or isinstance(critic, str)
+    specs: list[str | None] = [critic] * (groups - 1) if one else list(critic)  # type: ignore[arg-type,list-item]
     if len(specs) == 1:
         specs *= groups - 1
     if len(specs) != groups - 1 and groups > 1:
@@ -197,8 +204,15 @@ def _named(starts: list[fx.Node], names: Sequence[str]) -> list[fx.Node]:
 
 
 def _balance(
-    model: nn.Module, graph: fx.Graph, starts: list[fx.Node], groups: int, x: Tensor,
-    shapes: dict[fx.Node, tuple[int, ...]], specs: list[str | None], num_classes: int, repeats: int,
+    model: nn.Module,
+    graph: fx.Graph,
+    starts: list[fx.Node],
+    groups: int,
+    x: Tensor,
+    shapes: dict[fx.Node, tuple[int, ...]],
+    specs: list[str | None],
+    num_classes: int,
+    repeats: int,
 ) -> list[fx.Node]:
     """The cuts that make the slowest group fastest."""
     if groups == 1:
@@ -214,7 +228,9 @@ def _balance(
             cost.append(seconds)
             at_cut.append(x)
         critic_cost = {
-            (spec, i): _time(_head(spec, shapes[_before(graph, node)], num_classes, x.device), at_cut[i], repeats)[0]
+            (spec, i): _time(
+                _head(spec, shapes[_before(graph, node)], num_classes, x.device), at_cut[i], repeats
+            )[0]
             for spec in set(specs)
             for i, node in enumerate(starts)
             if _fits(spec, shapes[_before(graph, node)], num_classes)
@@ -261,7 +277,9 @@ def _partition(cost: list[float], groups: int, critic_cost: Callable[[int, int],
         best = placed
     slowest, cuts = best[n]
     if slowest == float("inf"):
-        raise ValueError(f"no split into {groups} groups lets this critic stand on every cut: choose another critic")
+        raise ValueError(
+            f"no split into {groups} groups lets this critic stand on every cut: choose another critic"
+        )
     return cuts
 
 
@@ -295,6 +313,6 @@ def _refuse_ties(groups: list[Group]) -> None:
                 first, other = owner.setdefault(id(tensor), (k, name))
                 if first != k:
                     raise ValueError(
-                        f"{other.removeprefix('layers.')!r} of group {first} is tied to {name.removeprefix('layers.')!r} "
-                        f"of group {k}: no gradient crosses a cut, so tied weights must lie in one group; move the cut"
+                        f"{other.removeprefix('layers.')!r} of group {first} is tied to "
+                        f"{name.removeprefix('layers.')!r} of group {k}: no gradient crosses a cut, so tied weights must lie in one group; move the cut"
                     )

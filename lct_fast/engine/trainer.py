@@ -134,7 +134,9 @@ class Trainer:
             raise ValueError("groups: expected at least one group of lct.split, got none")
         self.num_classes = groups[0].cut.num_classes
         if num_classes is not None and num_classes != self.num_classes:
-            raise ValueError(f"num_classes={num_classes}, but the model's output has {self.num_classes} classes")
+            raise ValueError(
+                f"num_classes={num_classes}, but the model's output has {self.num_classes} classes"
+            )
         if feedback_delay < 0:
             raise ValueError(f"feedback_delay: expected an integer >= 0, got {feedback_delay}")
         if accumulate < 1:
@@ -155,15 +157,21 @@ class Trainer:
         self.meter = Meter(len(self.groups))
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         self.workers = [
-            self._worker(g, places[k * len(places) // len(self.groups)], optimizer or _sgd, scheduler, compile)
+            self._worker(
+                g, places[k * len(places) // len(self.groups)], optimizer or _sgd, scheduler, compile
+            )
             for k, g in enumerate(self.groups)
         ]
 
     def _worker(
-        self, group: Group, device: torch.device, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None,
+        self,
+        group: Group,
+        device: torch.device,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None,
         compiled: bool,
     ) -> Worker:
-        group.to(device=device, memory_format=self.memory_format)
+        group.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
         joint = self.method.joint_optimizer or group.last
         params = [p for p in (group if joint else group.layers).parameters() if p.requires_grad]
         main = optimizer(params) if params else None
@@ -200,7 +208,9 @@ class Trainer:
         h = x
         for k, worker in enumerate(self.workers):
             span = partial(self.meter.span, k)
-            h = h.to(worker.device, memory_format=self.memory_format if h.dim() == 4 else torch.preserve_format)
+            h = h.to(
+                worker.device, memory_format=self.memory_format if h.dim() == 4 else torch.preserve_format
+            )
             target = y.to(worker.device)
             scale = self.objective.scale(target, self.accumulate)
             worker.group.train()
@@ -219,8 +229,8 @@ class Trainer:
                 raise
             if h._version != version:
                 raise RuntimeError(
-                    f"group {k + 1} changed its input in place ({worker.group.units[0]}): what crosses a cut is shared, "
-                    f"use inplace=False in the first layer after it"
+                    f"group {k + 1} changed its input in place ({worker.group.units[0]}): what crosses a cut is "
+                    f"shared, use inplace=False in the first layer after it"
                 )
             self._check_finite(k, worker, result.loss)
             if updates_now:
@@ -304,19 +314,25 @@ class Trainer:
 
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
         if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
-            raise ValueError(f"expected inputs and targets of one batch, got {tuple(x.shape)} and {tuple(y.shape)}")
+            raise ValueError(
+                f"expected inputs and targets of one batch, got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
         if len(x) == 0:
             raise ValueError("expected at least one sample in the batch, got none")
         # Before group 1 runs: its batch norm would take a bad input into its running statistics.
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-            raise NonFiniteError(f"the input of batch {self.batch} holds NaN or Inf: nothing was updated; clean the data")
+            raise NonFiniteError(
+                f"the input of batch {self.batch} holds NaN or Inf: nothing was updated; clean the data"
+            )
         if self.objective.loss is not None:
             return
         if y.is_floating_point():
             if y.dim() != 2 or y.shape[1] != self.num_classes:
                 raise ValueError(f"soft labels: expected [{len(x)}, {self.num_classes}], got {list(y.shape)}")
         elif y.dtype != torch.int64 or y.dim() != 1:
-            raise ValueError(f"labels: expected int64 [{len(x)}], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
+            raise ValueError(
+                f"labels: expected int64 [{len(x)}], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}"
+            )
         else:
             bad = (y != self.objective.ignore_index) & ((y < 0) | (y >= self.num_classes))
             if bool(bad.any()):
@@ -339,7 +355,9 @@ def _device_of(group: Group) -> torch.device:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("can't allocate memory|not enough memory", str(error)))
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        re.search("can't allocate memory|not enough memory", str(error))
+    )
 
 
 def _first_line(error: BaseException) -> str:

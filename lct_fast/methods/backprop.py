@@ -15,7 +15,14 @@ class Backprop(Method):
     uses_critics = False
 
     def local_step(
-        self, group: GroupLike, x: Tensor, target: Tensor, objective: Objective, scale: Tensor,
-        *, keep_slot: bool = False, span: Span = no_span,
+        self,
+        group: GroupLike,
+        x: Tensor,
+        target: Tensor,
+        objective: Objective,
+        scale: Tensor,
+        *,
+        keep_slot: bool = False,
+        span: Span = no_span,
     ) -> LocalStep:
         return joint_step(group, x, target, objective, scale, span=span)

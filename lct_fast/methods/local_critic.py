@@ -79,8 +79,15 @@ class LocalCritic(Method):
         return update % self.critic_every == 0
 
     def local_step(
-        self, group: GroupLike, x: Tensor, target: Tensor, objective: Objective, scale: Tensor,
-        *, keep_slot: bool = False, span: Span = no_span,
+        self,
+        group: GroupLike,
+        x: Tensor,
+        target: Tensor,
+        objective: Objective,
+        scale: Tensor,
+        *,
+        keep_slot: bool = False,
+        span: Span = no_span,
     ) -> LocalStep:
         if group.last:
             return joint_step(group, x, target, objective, scale, span=span)
@@ -119,7 +126,9 @@ class LocalCritic(Method):
 def _parametric(critic: Critic) -> list[tuple[str, nn.Module]]:
     """The layers inside a critic's features whose weight gradient is known from input and cotangent."""
     return [
-        (name, m) for name, m in critic.named_modules() if m is not critic.head and isinstance(m, nn.Conv2d | nn.Linear)
+        (name, m)
+        for name, m in critic.named_modules()
+        if m is not critic.head and isinstance(m, nn.Conv2d | nn.Linear)
     ]
 
 
@@ -128,7 +137,7 @@ def _recorded(critic: Critic) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Collects (input, output) of every parametric layer of the critic's features while it runs."""
     tape: dict[str, tuple[Tensor, Tensor]] = {}
     handles = [
-        m.register_forward_hook(lambda _m, args, out, name=name: tape.__setitem__(name, (args[0], out)))  # type: ignore[misc]
+        m.register_forward_hook(lambda _m, args, out, name=name: tape.__setitem__(name, (args[0], out)))
         for name, m in _parametric(critic)
     ]
     try:
@@ -150,8 +159,17 @@ def _layer_weight_gradient(layer: nn.Module, x: Tensor, g: Tensor) -> None:
     bias = layer.bias is not None
     x = x.to(g.dtype)
     _, dweight, dbias = torch.ops.aten.convolution_backward(
-        g, x, layer.weight.detach().to(g.dtype), [layer.out_channels] if bias else None, list(layer.stride),
-        list(layer.padding), list(layer.dilation), False, [0, 0], layer.groups, [False, True, bias],
+        g,
+        x,
+        layer.weight.detach().to(g.dtype),
+        [layer.out_channels] if bias else None,
+        list(layer.stride),
+        list(layer.padding),
+        list(layer.dilation),
+        False,
+        [0, 0],
+        layer.groups,
+        [False, True, bias],
     )
     accumulate(layer.weight, dweight)
     accumulate(layer.bias, dbias if bias else None)

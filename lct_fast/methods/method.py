@@ -24,9 +24,14 @@ def no_span(name: str) -> AbstractContextManager[Any]:
 class GroupLike(Protocol):
     """What a method sees of a group: layers, the head on its output, and whether it is the last."""
 
-    layers: Callable[[Tensor], Tensor]
-    critic: Critic
-    last: bool
+    @property
+    def layers(self) -> Callable[[Tensor], Tensor]: ...
+
+    @property
+    def critic(self) -> Critic: ...
+
+    @property
+    def last(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -74,8 +79,15 @@ class Method:
         return False
 
     def local_step(
-        self, group: GroupLike, x: Tensor, target: Tensor, objective: Objective, scale: Tensor,
-        *, keep_slot: bool = False, span: Span = no_span,
+        self,
+        group: GroupLike,
+        x: Tensor,
+        target: Tensor,
+        objective: Objective,
+        scale: Tensor,
+        *,
+        keep_slot: bool = False,
+        span: Span = no_span,
     ) -> LocalStep:
         """Forward, local loss, local backward of one group on one batch; no gradient leaves the group."""
         raise TypeError(f"{type(self).__name__} has no local step")
@@ -104,8 +116,9 @@ def joint_step(
     critic = group.critic
     with span("critic"):
         u = critic.features(h)
-        step = objective(critic.head, u.detach(), target, scale, activation=critic.activation,
-                         with_weight_gradient=True)
+        step = objective(
+            critic.head, u.detach(), target, scale, activation=critic.activation, with_weight_gradient=True
+        )
         if critic.head is not None:
             accumulate(critic.head.weight, step.dweight)
             accumulate(critic.head.bias, step.dbias)

@@ -64,8 +64,14 @@ class Objective:
         if head is not None and self.loss is None and not target.is_floating_point():
             row_scale = scale.expand(len(u)).contiguous() if with_weight_gradient else None
             r = ops.critic_head(
-                u, head.weight.detach(), None if head.bias is None else head.bias.detach(), target, scale,
-                row_scale, activation, self.ignore_index,
+                u,
+                head.weight.detach(),
+                None if head.bias is None else head.bias.detach(),
+                target,
+                scale,
+                row_scale,
+                activation,
+                self.ignore_index,
             )
             return HeadStep(r.loss, r.dlogits, r.dh, r.dweight, r.dbias if head.bias is not None else None)
         return self._in_torch(head, u, target, scale, activation, with_weight_gradient)
@@ -87,8 +93,13 @@ class Objective:
     ) -> HeadStep:
         a = u.relu() if activation == "relu" else u
         with torch.no_grad():
-            logits = (a if head is None else F.linear(a, head.weight.to(a.dtype),
-                                                       None if head.bias is None else head.bias.to(a.dtype)))
+            logits = (
+                a
+                if head is None
+                else F.linear(
+                    a, head.weight.to(a.dtype), None if head.bias is None else head.bias.to(a.dtype)
+                )
+            )
         wide = logits.float() if logits.dtype != torch.float64 else logits
         with torch.enable_grad():
             wide = wide.detach().requires_grad_()

@@ -54,10 +54,25 @@ def test_a_run_leaves_what_the_design_names(tmp_path: Path, capsys: pytest.Captu
     summary = json.loads((run / "summary.json").read_text())
     assert json.loads(capsys.readouterr().out) == summary
     for key in (
-        "method", "groups", "codec", "schedule", "seed", "steps", "test_accuracy", "exit_test_accuracy",
-        "step_seconds_median", "seconds", "wire_bytes_per_sample", "raw_bytes_per_sample", "feedback_bytes_per_sample",
-        "bubble_fraction", "exposed_transfer_fraction", "critic_tax", "device", "versions",
-    ):  # fmt: skip
+        "method",
+        "groups",
+        "codec",
+        "schedule",
+        "seed",
+        "steps",
+        "test_accuracy",
+        "exit_test_accuracy",
+        "step_seconds_median",
+        "seconds",
+        "wire_bytes_per_sample",
+        "raw_bytes_per_sample",
+        "feedback_bytes_per_sample",
+        "bubble_fraction",
+        "exposed_transfer_fraction",
+        "critic_tax",
+        "device",
+        "versions",
+    ):
         assert key in summary, key
     assert summary["steps"] == 10 and len(summary["exit_test_accuracy"]) == 4
     assert 0 < summary["critic_tax"] < 1 and summary["feedback_bytes_per_sample"] == 12

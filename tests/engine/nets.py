@@ -12,7 +12,9 @@ def net(seed: int = 0) -> nn.Sequential:
     return lct.models.build("digits_cnn:width=0.25", 5, 1, 8)
 
 
-def groups(method: lct.Method, count: int = 4, seed: int = 0, critic: str = "pooled_linear") -> list[lct.Group]:
+def groups(
+    method: lct.Method, count: int = 4, seed: int = 0, critic: str = "pooled_linear"
+) -> list[lct.Group]:
     """The network cut at its own places."""
     points = lct.models.default_splits("digits_cnn", count)
     return lct.split(net(seed), example_input=torch.zeros(4, 1, 8, 8), critic=critic, split_points=points)
@@ -21,7 +23,10 @@ def groups(method: lct.Method, count: int = 4, seed: int = 0, critic: str = "poo
 def batches(count: int, rows: int = 16, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     """Seeded random images and labels."""
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(rows, 1, 8, 8, generator=g), torch.randint(0, 5, (rows,), generator=g)) for _ in range(count)]
+    return [
+        (torch.randn(rows, 1, 8, 8, generator=g), torch.randint(0, 5, (rows,), generator=g))
+        for _ in range(count)
+    ]
 
 
 def state(trainer: lct.Trainer) -> dict[str, Tensor]:

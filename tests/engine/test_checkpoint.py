@@ -28,8 +28,10 @@ def _trainer(name: str, seed: int = 0, **options: object) -> lct.Trainer:
     critic = "conv_fc:convs=2,filters=4" if name in ("local-critic", "late") else "mlp_aux"
     delay = 3 if name == "late" else 0
     defaults: dict[str, object] = {
-        "optimizer": lambda p: torch.optim.Adam(p, 1e-3), "scheduler": SCHEDULERS["onecycle"], "feedback_delay": delay,
-    }  # fmt: skip
+        "optimizer": lambda p: torch.optim.Adam(p, 1e-3),
+        "scheduler": SCHEDULERS["onecycle"],
+        "feedback_delay": delay,
+    }
     return lct.Trainer(nets.groups(method, seed=seed, critic=critic), method, **(defaults | options))  # type: ignore[arg-type]
 
 
@@ -60,9 +62,11 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_every_scheduler_and_layout_resumes(scheduler: str, channels_last: bool, tmp_path: Path) -> None:
     options = {
-        "scheduler": SCHEDULERS[scheduler], "channels_last": channels_last, "feedback_delay": 2,
+        "scheduler": SCHEDULERS[scheduler],
+        "channels_last": channels_last,
+        "feedback_delay": 2,
         "optimizer": lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True),
-    }  # fmt: skip
+    }
     batches = nets.batches(8)
     whole, resumed = _trainer("late", **options), _trainer("late", seed=5, **options)
     for x, y in batches[:4]:
@@ -87,7 +91,9 @@ def test_only_whole_checkpoints_exist_and_old_ones_go(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000004"
 
 
-def test_a_failed_write_leaves_the_previous_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_previous_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = _trainer("greedy")
     trainer.step(*nets.batches(1)[0])
     first = checkpoint.save(trainer, tmp_path, {})
@@ -117,10 +123,15 @@ def test_damage_and_foreign_checkpoints_are_refused_before_anything_changes(tmp_
     refused(_trainer("local-critic"), "made by method 'greedy', this run uses 'local-critic'")
     refused(lct.Trainer(nets.groups(lct.Greedy(), 2), lct.Greedy()), "another model or split")
     wide = lct.split(
-        lct.models.build("digits_cnn:width=0.5", 5, 1, 8), example_input=torch.zeros(4, 1, 8, 8), critic="mlp_aux",
+        lct.models.build("digits_cnn:width=0.5", 5, 1, 8),
+        example_input=torch.zeros(4, 1, 8, 8),
+        critic="mlp_aux",
         split_points=lct.models.default_splits("digits_cnn", 4),
-    )  # fmt: skip
-    refused(lct.Trainer(wide, lct.Greedy()), r"another model: group 1, critic.head.weight: expected \(5, 64\), got \(5, 32\)")
+    )
+    refused(
+        lct.Trainer(wide, lct.Greedy()),
+        r"another model: group 1, critic.head.weight: expected \(5, 64\), got \(5, 32\)",
+    )
 
     file = path / "group-2.safetensors"
     content = file.read_bytes()

@@ -61,13 +61,23 @@ def test_groups_in_a_row_are_the_model(count: int) -> None:
 def test_split_points_name_the_modules_that_start_groups() -> None:
     groups = lct.split(UserNet(), example_input=X, split_points=["layer1.1", "layer2"])
     assert [g.units for g in groups] == [
-        ["conv1", "bn1", "layer1.0"], ["layer1.1"], ["layer2.0", "layer2.1", "fc"],
-    ]  # fmt: skip
+        ["conv1", "bn1", "layer1.0"],
+        ["layer1.1"],
+        ["layer2.0", "layer2.1", "fc"],
+    ]
     assert [g.shape for g in groups] == [(8, 8, 8), (8, 8, 8), (10,)]
 
 
 def test_a_cut_never_parts_convolution_from_its_norm() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
     assert [g.units[0] for g in lct.split(model, 3, X)] == ["0", "3", "6"]
 
 
@@ -99,7 +109,9 @@ def test_partition_minimises_the_slowest_group_critic_included() -> None:
         cuts = _partition(cost, 3, lambda k, i, head=head: head[k][i])  # type: ignore[misc]
 
         def slowest(a: int, b: int, cost: list[float] = cost, head: list[list[float]] = head) -> float:
-            return max(sum(cost[: a + 1]) + head[0][a], sum(cost[a + 1 : b + 1]) + head[1][b], sum(cost[b + 1 :]))
+            return max(
+                sum(cost[: a + 1]) + head[0][a], sum(cost[a + 1 : b + 1]) + head[1][b], sum(cost[b + 1 :])
+            )
 
         best = min(slowest(a, b) for a in range(5) for b in range(a + 1, 5))
         assert slowest(*cuts) == pytest.approx(best)
@@ -107,7 +119,11 @@ def test_partition_minimises_the_slowest_group_critic_included() -> None:
 
 def test_balance_follows_the_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_parameters(module: nn.Module, x: Tensor, repeats: int) -> tuple[float, Tensor]:
-        seconds = 0.0 if isinstance(module, lct.critics.Critic) else float(sum(p.numel() for p in module.parameters()))
+        seconds = (
+            0.0
+            if isinstance(module, lct.critics.Critic)
+            else float(sum(p.numel() for p in module.parameters()))
+        )
         return seconds, module(x).detach()
 
     monkeypatch.setattr(sys.modules["lct_fast.engine.split"], "_time", by_parameters)
@@ -173,11 +189,26 @@ def test_refusals_say_what_to_do() -> None:
         (lambda: lct.split(UserNet(), 0, X), "groups: expected an integer >= 1, got 0"),
         (lambda: lct.split(UserNet(), 2), "needs example_input"),
         (lambda: lct.split(UserNet(), 2, torch.randn(4, 1, 8, 8)), "does not accept an input of shape"),
-        (lambda: lct.split(UserNet(), example_input=X, split_points=["layer9"]), "'layer9' is not a place to cut"),
-        (lambda: lct.split(UserNet(), example_input=X, split_points=["layer2", "layer1"]), "in the model's order"),
-        (lambda: lct.split(UserNet(), 2, X, split_points=["layer1", "layer2"]), "disagrees with 2 split points"),
-        (lambda: lct.split(UserNet(), 3, X, critic=["linear", "linear", "linear"]), "one for each of 2 cuts, got 3"),
-        (lambda: lct.split(Skip(), example_input=x, critic="linear", split_points=["b"]), "'b' is not a place to cut"),
+        (
+            lambda: lct.split(UserNet(), example_input=X, split_points=["layer9"]),
+            "'layer9' is not a place to cut",
+        ),
+        (
+            lambda: lct.split(UserNet(), example_input=X, split_points=["layer2", "layer1"]),
+            "in the model's order",
+        ),
+        (
+            lambda: lct.split(UserNet(), 2, X, split_points=["layer1", "layer2"]),
+            "disagrees with 2 split points",
+        ),
+        (
+            lambda: lct.split(UserNet(), 3, X, critic=["linear", "linear", "linear"]),
+            "one for each of 2 cuts, got 3",
+        ),
+        (
+            lambda: lct.split(Skip(), example_input=x, critic="linear", split_points=["b"]),
+            "'b' is not a place to cut",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

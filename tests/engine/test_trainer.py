@@ -31,7 +31,12 @@ def test_local_critic_is_the_papers_algorithm(delay: int) -> None:
     """Against a plain-autograd loop: groups from CE of their critic, critics from the L1 distance, d batches late."""
     batches = nets.batches(7)
     trainer = _train(
-        lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic(critic_optimizer=_adam), optimizer=_sgd, feedback_delay=delay),
+        lct.Trainer(
+            nets.groups(lct.LocalCritic()),
+            lct.LocalCritic(critic_optimizer=_adam),
+            optimizer=_sgd,
+            feedback_delay=delay,
+        ),
         batches,
     )
     groups = nets.groups(lct.LocalCritic())
@@ -53,18 +58,29 @@ def test_local_critic_is_the_papers_algorithm(delay: int) -> None:
             if not g.last:
                 # The critic's own per-sample loss, kept with the weights of now.
                 per_sample = F.cross_entropy(g.critic(h), y, reduction="none")
-                jacobian = [torch.autograd.grad(l, list(g.critic.parameters()), retain_graph=True) for l in per_sample]
+                jacobian = [
+                    torch.autograd.grad(one, list(g.critic.parameters()), retain_graph=True)
+                    for one in per_sample
+                ]
                 gradients.append(jacobian)
         late = []
         for k in range(len(groups) - 1):
             sign = (own[k] - own[k + 1]).sign() / len(y)
-            late.append([sum(s * j[i] for s, j in zip(sign, gradients[k], strict=True)) for i in range(len(gradients[k][0]))])
+            late.append(
+                [
+                    sum(s * j[i] for s, j in zip(sign, gradients[k], strict=True))
+                    for i in range(len(gradients[k][0]))
+                ]
+            )
         owed.append(late)
         if len(owed) > delay:
             _apply(critic, groups, owed.popleft())
     if owed:
         # flush() applies what is left as one update.
-        total = [[sum(parts) for parts in zip(*(late[k] for late in owed), strict=True)] for k in range(len(groups) - 1)]
+        total = [
+            [sum(parts) for parts in zip(*(late[k] for late in owed), strict=True)]
+            for k in range(len(groups) - 1)
+        ]
         _apply(critic, groups, total)
     for a, b in zip(trainer.groups, groups, strict=True):
         for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
@@ -72,7 +88,9 @@ def test_local_critic_is_the_papers_algorithm(delay: int) -> None:
             torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def _apply(optimizers: list[torch.optim.Optimizer], groups: list[lct.Group], gradients: list[list[Tensor]]) -> None:
+def _apply(
+    optimizers: list[torch.optim.Optimizer], groups: list[lct.Group], gradients: list[list[Tensor]]
+) -> None:
     for optimizer, group, late in zip(optimizers, groups, gradients, strict=False):
         for p, g in zip(group.critic.parameters(), late, strict=True):
             p.grad = g
@@ -86,7 +104,10 @@ def test_feedback_delay_moves_critics_only() -> None:
     b = lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic(), optimizer=_sgd, feedback_delay=2)
     a.step(*batches[0]), b.step(*batches[0])
     layers = [{n: t for n, t in nets.state(t_).items() if "layers" in n} for t_ in (a, b)]
-    critics = [{n: t for n, t in nets.state(t_).items() if "layers" not in n and not n.startswith("3")} for t_ in (a, b)]
+    critics = [
+        {n: t for n, t in nets.state(t_).items() if "layers" not in n and not n.startswith("3")}
+        for t_ in (a, b)
+    ]
     assert nets.same(*layers)
     assert not nets.same(*critics)
     assert b.step(*batches[1]).in_flight == 2 and a.step(*batches[1]).in_flight == 0
@@ -127,7 +148,7 @@ def test_backprop_equals_a_plain_training_loop() -> None:
 @pytest.mark.parametrize("method", [lct.LocalCritic, lct.Greedy, lct.Backprop])
 def test_accumulation_equals_one_larger_batch(method: type[lct.Method]) -> None:
     """Without batch norm (evaluation statistics), four quarters give the update of the whole."""
-    (x, y), = nets.batches(1, rows=32)
+    ((x, y),) = nets.batches(1, rows=32)
     states = []
     for accumulate in (1, 4):
         groups = nets.groups(method())
@@ -143,7 +164,9 @@ def test_accumulation_equals_one_larger_batch(method: type[lct.Method]) -> None:
         states.append(nets.state(trainer))
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5)
-    assert not nets.same(states[0], nets.state(lct.Trainer(nets.groups(method()), method()))), "nothing was updated"
+    assert not nets.same(states[0], nets.state(lct.Trainer(nets.groups(method()), method()))), (
+        "nothing was updated"
+    )
 
 
 def test_critics_update_on_every_nth_update() -> None:
@@ -157,7 +180,9 @@ def test_critics_update_on_every_nth_update() -> None:
 
 
 def test_each_group_is_clipped_on_its_own() -> None:
-    trainer = lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), optimizer=lambda p: torch.optim.SGD(p, 1.0), clip_norm=1e-3)
+    trainer = lct.Trainer(
+        nets.groups(lct.Greedy()), lct.Greedy(), optimizer=lambda p: torch.optim.SGD(p, 1.0), clip_norm=1e-3
+    )
     before = nets.state(trainer)
     trainer.step(*nets.batches(1)[0])
     after = nets.state(trainer)
@@ -169,9 +194,11 @@ def test_each_group_is_clipped_on_its_own() -> None:
 
 def test_schedulers_tick_once_an_update_in_every_group() -> None:
     trainer = lct.Trainer(
-        nets.groups(lct.LocalCritic()), lct.LocalCritic(), accumulate=2,
+        nets.groups(lct.LocalCritic()),
+        lct.LocalCritic(),
+        accumulate=2,
         scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
-    )  # fmt: skip
+    )
     rates = []
     for x, y in nets.batches(8):
         trainer.step(x, y)
@@ -184,14 +211,18 @@ def test_ignored_labels_soft_labels_and_a_loss_of_ones_own() -> None:
     y[::3] = 7
     ignoring = lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), ignore_index=7)
     keep = y != 7
-    expected = F.cross_entropy(nets.groups(lct.Greedy())[0].critic(nets.groups(lct.Greedy())[0].layers(x))[keep], y[keep])
+    expected = F.cross_entropy(
+        nets.groups(lct.Greedy())[0].critic(nets.groups(lct.Greedy())[0].layers(x))[keep], y[keep]
+    )
     assert ignoring.step(x, y).losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
     _, y = nets.batches(1)[0]
     hard = lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic())
     soft = lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic())
     own = lct.Trainer(
-        nets.groups(lct.LocalCritic()), lct.LocalCritic(), loss=lambda z, t: F.cross_entropy(z, t, reduction="none")
+        nets.groups(lct.LocalCritic()),
+        lct.LocalCritic(),
+        loss=lambda z, t: F.cross_entropy(z, t, reduction="none"),
     )
     hard.step(x, y), soft.step(x, F.one_hot(y, 5).float()), own.step(x, y)
     for other in (soft, own):
@@ -203,7 +234,9 @@ def test_bf16_autocast_trains_near_fp32() -> None:
     batches = nets.batches(1) * 30
     losses = []
     for autocast in (None, torch.bfloat16):
-        trainer = lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic(), optimizer=_sgd, autocast=autocast)
+        trainer = lct.Trainer(
+            nets.groups(lct.LocalCritic()), lct.LocalCritic(), optimizer=_sgd, autocast=autocast
+        )
         first = trainer.step(*batches[0]).losses
         _train(trainer, batches[1:])
         losses.append((first, trainer.step(*batches[0]).losses))
@@ -214,8 +247,13 @@ def test_bf16_autocast_trains_near_fp32() -> None:
 
 def test_channels_last_and_compiled_groups_train_the_same_network() -> None:
     batches = nets.batches(3)
-    plain = nets.state(_train(lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic(), optimizer=_sgd), batches))
-    last = _train(lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic(), optimizer=_sgd, channels_last=True), batches)
+    plain = nets.state(
+        _train(lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic(), optimizer=_sgd), batches)
+    )
+    last = _train(
+        lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic(), optimizer=_sgd, channels_last=True),
+        batches,
+    )
     conv = next(p for p in last.groups[1].layers.parameters() if p.dim() == 4)
     assert conv.is_contiguous(memory_format=torch.channels_last)
     for name, value in nets.state(last).items():
@@ -227,7 +265,8 @@ def test_torch_compile_on_groups() -> None:
     batches = nets.batches(3)
     two = [nets.groups(lct.LocalCritic(), 2) for _ in range(2)]
     plain, compiled = (
-        _train(lct.Trainer(g, lct.LocalCritic(), optimizer=_sgd, compile=c), batches) for g, c in zip(two, (False, True), strict=True)
+        _train(lct.Trainer(g, lct.LocalCritic(), optimizer=_sgd, compile=c), batches)
+        for g, c in zip(two, (False, True), strict=True)
     )
     for name, value in nets.state(compiled).items():
         torch.testing.assert_close(value, nets.state(plain)[name], rtol=1e-3, atol=1e-4)
@@ -287,11 +326,15 @@ def test_refusals_name_the_cause() -> None:
     assert nets.same(nets.state(trainer), before)
     assert all(p.grad is None for g in trainer.groups for p in g.parameters())
 
-    diverging = lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), optimizer=lambda p: torch.optim.SGD(p, 1e30))
+    diverging = lct.Trainer(
+        nets.groups(lct.Greedy()), lct.Greedy(), optimizer=lambda p: torch.optim.SGD(p, 1e30)
+    )
     with pytest.raises(lct.NonFiniteError, match=r"loss of group \d at batch \d is NaN or Inf"):
         _train(diverging, nets.batches(5))
 
-    groups = lct.split(nn.Sequential(nn.Linear(4, 4), InPlace()), example_input=torch.randn(4, 4), split_points=["1"])
+    groups = lct.split(
+        nn.Sequential(nn.Linear(4, 4), InPlace()), example_input=torch.randn(4, 4), split_points=["1"]
+    )
     with pytest.raises(RuntimeError, match="group 2 changed its input in place"):
         lct.Trainer(groups, lct.Greedy()).step(torch.randn(4, 4), torch.zeros(4, dtype=torch.int64))
 

@@ -24,7 +24,9 @@ def _net() -> nn.Sequential:
 def _batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     # Eight rows: 1/8 is exact in fp32, so float64 tolerances hold.
     g = torch.Generator().manual_seed(5)
-    return torch.randn(rows, 2, 6, 6, generator=g, dtype=torch.float64), torch.randint(0, 7, (rows,), generator=g)
+    return torch.randn(rows, 2, 6, 6, generator=g, dtype=torch.float64), torch.randint(
+        0, 7, (rows,), generator=g
+    )
 
 
 def _groups(spec: str) -> list[lct.Group]:
@@ -106,7 +108,9 @@ def test_ignored_rows_reach_neither_group_nor_critic() -> None:
     # Without batch norm's statistics, rows are independent: only the four counted rows should matter.
     for group, n in ((whole, len(x)), (part, 4)):
         group.layers.eval()
-        step = method.local_step(group, x[:n], y[:n], objective, objective.scale(y[:n]).double(), keep_slot=True)
+        step = method.local_step(
+            group, x[:n], y[:n], objective, objective.scale(y[:n]).double(), keep_slot=True
+        )
         assert step.slot is not None
         method.critic_step(group.critic, step.slot, torch.zeros(n, dtype=torch.float64))
         grads.append([p.grad for p in group.parameters()])
@@ -117,7 +121,9 @@ def test_ignored_rows_reach_neither_group_nor_critic() -> None:
 def test_critics_with_batch_norm_are_refused_by_name() -> None:
     x, _ = _batch()
     with pytest.raises(ValueError, match=r"critic 1 \(MlpAuxCritic\).*use conv_fc"):
-        lct.Trainer(lct.split(_net(), example_input=x, critic="mlp_aux", split_points=["1"]), lct.LocalCritic())
+        lct.Trainer(
+            lct.split(_net(), example_input=x, critic="mlp_aux", split_points=["1"]), lct.LocalCritic()
+        )
 
 
 def test_bad_arguments_are_named() -> None:
