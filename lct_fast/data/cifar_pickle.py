@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from typing import Any
 
 import torch
@@ -13,9 +14,7 @@ from .errors import DataError, reason
 
 
 class _Array:
-    """Stands in for numpy.ndarray: takes the state that numpy pickles and checks it, without numpy's own
-    code.
-    """
+    """Stands in for numpy.ndarray: takes and checks the state that numpy pickles, without numpy's code."""
 
     def __init__(self) -> None:
         self.shape: tuple[int, ...] = ()
@@ -26,8 +25,8 @@ class _Array:
         _, shape, kind, fortran, raw = state
         if not isinstance(kind, _Kind) or kind.name not in ("u1", "uint8") or not isinstance(raw, bytes):
             raise pickle.UnpicklingError("an array that is not uint8")
-        if not isinstance(shape, tuple) or not all(isinstance(extent, int) for extent in shape):
-            raise pickle.UnpicklingError("an array without a shape")
+        if not isinstance(shape, tuple) or list(map(type, shape)) != [int, int]:
+            raise pickle.UnpicklingError("an array that is not two-dimensional")
         self.shape = shape
         self.raw = raw
         self.fortran = bool(fortran)
@@ -63,11 +62,36 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 }
 
 
+# What numpy, lists, strings and numbers need in protocols 0 to 3.
+# fmt: off
+_OPCODES = frozenset((
+    "PROTO", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
+    "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
+    "SHORT_BINBYTES", "UNICODE", "BINUNICODE", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL", "REDUCE",
+    "BUILD", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET",
+))
+# fmt: on
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which image data does not need")
         return _ADMITTED[module, name]
+
+
+def _check_opcodes(raw: bytes) -> None:
+    """Raise unless the pickle is whole and plain.
+
+    A few damaged bytes can make the unpickler allocate gigabytes before it notices: it trusts the length of a
+    bytearray, and makes room for as many memo slots as the highest index says.
+    """
+    for opcode, argument, _ in pickletools.genops(raw):
+        if opcode.name not in _OPCODES:
+            raise pickle.UnpicklingError(f"opcode {opcode.name}, which image data does not need")
+        if opcode.name.endswith("PUT") and isinstance(argument, int) and argument > len(raw):
+            raise pickle.UnpicklingError(f"memo slot {argument} in {len(raw)} bytes")
 
 
 def read_pickle(raw: bytes, what: str, label_key: bytes, width: int) -> tuple[Tensor, Tensor]:
@@ -78,11 +102,12 @@ def read_pickle(raw: bytes, what: str, label_key: bytes, width: int) -> tuple[Te
     short.
     """
     try:
+        _check_opcodes(raw)
         content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
         data, labels = content[b"data"], content[label_key]
-        if not isinstance(data, _Array) or not isinstance(labels, list):
+        if not isinstance(data, _Array) or not isinstance(labels, list) or {int} != set(map(type, labels)):
             raise pickle.UnpicklingError("no array of images or no list of labels")
-        if data.shape != (len(labels), width) or len(data.raw) != len(labels) * width or not labels:
+        if data.shape != (len(labels), width) or len(data.raw) != len(labels) * width:
             raise pickle.UnpicklingError(
                 f"images {data.shape} of {len(data.raw)} bytes for {len(labels)} labels"
             )

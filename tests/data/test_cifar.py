@@ -13,6 +13,7 @@ from lct_fast.data import ImageData
 from lct_fast.data.archives import read_archive, strip_root
 from lct_fast.data.cifar import choose_archives
 from lct_fast.data.cifar_classes import CIFAR10_CLASSES, CIFAR100_CLASSES
+from lct_fast.data.cifar_pickle import read_pickle
 from lct_fast.data.decode import decode, encoding
 from lct_fast.data.trees import is_image_name, is_split_name
 from tests.data.generated import (
@@ -320,17 +321,33 @@ def test_a_pickle_cannot_run_anything(tmp_path: Path, ten: Splits) -> None:
         ({b"data": np.zeros((2, 3072), object), b"labels": [0, 1]}, "an array that is not uint8"),
         ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 1]}, r"images \(2, 3071\)"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, "for 1 labels"),
-        ({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, "bytes|for 0 labels"),
+        ({b"data": np.zeros(3072, np.uint8), b"labels": [0]}, "not two-dimensional"),
+        ({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, "bytes|no list of labels"),
         ({b"data": [0] * 3072, b"labels": [0]}, "no array of images"),
         ({b"data": np.zeros((1, 3072), np.uint8)}, "labels"),
         ([1, 2], "list indices"),
-        ({b"data": np.zeros((1, 3072), np.uint8), b"labels": ["cat"]}, "cat|str"),
+        ({b"data": np.zeros((1, 3072), np.uint8), b"labels": ["cat"]}, "no list of labels"),
     ],
 )
 def test_pickles_of_something_else(tmp_path: Path, ten: Splits, content: object, words: str) -> None:
     files = cifar_python(False, *parts(ten))
     files["cifar-10-batches-py/data_batch_1"] = pickle.dumps(content, 2)
     assert_line("cifar10", write_folder(tmp_path / "set", files), words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (pickle.dumps({b"data": bytearray(5)}, 5), "opcode"),
+        # These would take 32 GiB and 1 TiB before the end of the file is noticed.
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "memo slot 2147483647 in 9 bytes"),
+        (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "bytearray8|BYTEARRAY8"),
+        (b"\x80\x02}", "exhausted before seeing STOP"),
+    ],
+)
+def test_pickles_that_would_fill_the_memory(content: bytes, words: str) -> None:
+    with pytest.raises(data.DataError, match=words):
+        read_pickle(content, "made up", b"labels", 3072)
 
 
 def test_a_pickle_in_column_order(tmp_path: Path, ten: Splits) -> None:
@@ -348,7 +365,8 @@ def test_a_pickle_as_python_2_wrote_it(tmp_path: Path, ten: Splits) -> None:
     old = b"".join(
         [
             b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R",
-            b"(K\x01K\x06M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff",
+            b"(K\x01K\x06M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+            b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff",
             b"\xffK\x00tb\x89T",
             len(raw).to_bytes(4, "little"),
             raw,
