@@ -40,7 +40,7 @@ def ready(run: Run, device: str) -> Replay:
         run()
         return Replay(run, run())
     # Capture wants what is lazy (compilation, handles, workspaces) done on a side stream before it.
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -83,7 +83,7 @@ def _device_times(turns: list[tuple[str, Run]]) -> list[tuple[str, float]]:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 def _host_times(turns: list[tuple[str, Run]]) -> list[tuple[str, float]]:

@@ -11,7 +11,7 @@ import torch
 
 _NAMESPACE = "lct"
 # Lives as long as the process: the ops vanish with it.
-_LIBRARY: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def register(

@@ -63,7 +63,8 @@ def main(backend: str, device: str, few: bool) -> None:
     sides = ("after",) if device == "cuda" else ("after", "before")
     with ops.use_backend(backend):
         for side in sides:
-            for name, case in cases(few):
+            # Masks are wrong at the far end far more often than at the near one.
+            for name, case in cases(few or side == "before"):
                 print(side, name, flush=True)
                 with surroundings(case.to(device), side) as placed:
                     out = placed.run()
