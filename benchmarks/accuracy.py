@@ -49,6 +49,7 @@ def cifar10(data: str, images: int, epochs: int, seed: int) -> list[Run]:
         "backprop": ["--method", "backprop"],
         "greedy-pooled": ["--method", "greedy", "--critic", POOLED],
         "local-critic-pooled": ["--method", "local-critic", "--critic", POOLED, "--critic-lr", "1e-3"],
+        "local-critic-pooled-lr1e-4": ["--method", "local-critic", "--critic", POOLED],
         "local-critic-conv": ["--method", "local-critic", "--critic", CONV],
         "greedy-conv": ["--method", "greedy", "--critic", CONV],
     }

@@ -19,6 +19,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
         self._writer: Any = None
 
     def create(self, config: Config) -> None:
@@ -77,7 +78,7 @@ class RunFolder:
         """Writes summary.json, whole or not at all."""
         partial = self.path / ".summary.json"
         partial.write_text(json.dumps(_finite(summary), indent=2) + "\n")
-        os.replace(partial, self.path / "summary.json")
+        os.replace(partial, self.summary)
 
     def close(self) -> None:
         """Flushes what is still in memory."""

@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         exits = "  ".join(f"exit {k} {a:.2%}" for k, a in enumerate(summary["exit_test_accuracy"], 1))
         print(f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}  ({exits})")
-        print(
-            f"{summary['seconds']:.0f} s, {summary['step_seconds_median'] * 1e3:.1f} ms a step; run folder {out}"
-        )
+        step = summary["step_seconds_median"]
+        pace = "" if step is None else f", {step * 1e3:.1f} ms a step"
+        print(f"{summary['seconds']:.0f} s{pace}; run folder {out}")
     return 0
 
 
@@ -68,6 +68,9 @@ def train(config: Config, folder: RunFolder, *, resume: bool = False, quiet: boo
         found = checkpoint.latest(folder.checkpoints)
         if found is not None:
             loop.restore(checkpoint.load(trainer, found))
+        if trainer.batch >= steps and folder.summary.exists():
+            folder.close()
+            return json.loads(folder.summary.read_text())
         folder.rewind(trainer.batch)
     else:
         folder.create(config)

@@ -314,5 +314,6 @@ def _refuse_ties(groups: list[Group]) -> None:
                 if first != k:
                     raise ValueError(
                         f"{other.removeprefix('layers.')!r} of group {first} is tied to "
-                        f"{name.removeprefix('layers.')!r} of group {k}: no gradient crosses a cut, so tied weights must lie in one group; move the cut"
+                        f"{name.removeprefix('layers.')!r} of group {k}: no gradient crosses a cut, "
+                        f"so tied weights must lie in one group; move the cut"
                     )

@@ -284,8 +284,14 @@ def test_out_of_memory_names_the_group(tmp_path: Path) -> None:
 def test_torchrun_restarts_imply_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     assert _train(run, "--steps", "4", "--checkpoint-every", "2") == 0
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert _train(run, "--steps", "4", "--checkpoint-every", "2") == 0
+    assert {p: p.read_bytes() for p in before} == before, "a complete run is left as it is"
+    # Killed after the last checkpoint but before the summary: the end is made up for.
+    (run / "summary.json").unlink()
+    assert _train(run, "--steps", "4", "--checkpoint-every", "2") == 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
 
 
 def test_config_file_and_flags(tmp_path: Path) -> None:
