@@ -1,9 +1,9 @@
 """lct_fast: train deep networks on many devices without backward locking.
 
-    groups = lct.split(model, 4, example_input, critic="pooled_linear")
-    trainer = lct.Trainer(groups, lct.LocalCritic())
-    for x, y in loader:
-        stats = trainer.step(x, y)
+groups = lct.split(model, 4, example_input, critic="pooled_linear")
+trainer = lct.Trainer(groups, lct.LocalCritic())
+for x, y in loader:
+    stats = trainer.step(x, y)
 """
 
 from lct_fast import codecs, critics, data, models, ops
