@@ -283,6 +283,20 @@ def test_bytes_are_counted() -> None:
         assert trainer.meter.feedback_bytes == 16 * 4 * 3
 
 
+def test_a_codec_changes_what_the_next_group_sees_and_nothing_before() -> None:
+    x, y = nets.batches(1)[0]
+    losses = {}
+    for codec in ("none", "bf16"):
+        trainer = lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), codec=codec)
+        losses[codec] = trainer.step(x, y).losses
+    groups = nets.groups(lct.Greedy())
+    h = groups[0].layers(x).detach().bfloat16().float()
+    expected = F.cross_entropy(groups[1].critic(groups[1].layers(h)), y)
+    assert losses["bf16"][0] == losses["none"][0]
+    assert losses["bf16"][1] != losses["none"][1]
+    assert losses["bf16"][1].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_evaluation_changes_nothing_and_exits_agree_with_modules() -> None:
     trainer = _train(lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic()), nets.batches(4))
     before = nets.state(trainer)
