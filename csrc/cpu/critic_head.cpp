@@ -25,6 +25,16 @@ constexpr int64_t kStreamBytes = int64_t{32} << 20;
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t rounded_up(int64_t n, int64_t to) { return pieces(n, to) * to; }
 
+// The task to take `index`-th: threads work through runs of their own, far apart. Side by side they would touch
+// a fresh page of dh together, and the system would clear it once for each.
+int64_t spread(int64_t index, int64_t tasks, int threads) {
+  const int64_t runs = std::min<int64_t>(threads, tasks);
+  const int64_t length = tasks / runs, longer = tasks % runs;
+  const int64_t run = index < length * runs ? index % runs : index - length * runs;
+  const int64_t step = index < length * runs ? index / runs : length;
+  return run * length + std::min(run, longer) + step;
+}
+
 const CriticHeadTasks& tasks() {
   switch (simd_level()) {
 #ifdef LCT_X86
@@ -88,7 +98,9 @@ void run(CriticHeadWork& work, bool with_wgrad, int threads) {
     parallel_for(threads, work.column_panels, [&](int64_t panel, int) { task.pack_weight(work, panel); });
 
   if (work.use_chunks) {
-    parallel_for(threads, work.chunks, [&](int64_t index, int slot) { task.chunk(work, index, slot); });
+    parallel_for(threads, work.chunks, [&](int64_t index, int slot) {
+      task.chunk(work, spread(index, work.chunks, threads), slot);
+    });
   } else {
     if (with_wgrad) std::fill_n(work.sums, work.sums_size, 0.0f);
     const int64_t groups = pieces(work.class_panels, kClassGroup);
@@ -97,8 +109,9 @@ void run(CriticHeadWork& work, bool with_wgrad, int threads) {
       const int64_t count = std::min(slab_rows, args.rows - first);
       // Rows don't depend on each other, so how they are shared out may depend on the threads.
       const int64_t share = std::clamp<int64_t>(rounded_up(pieces(count, threads), 8), 8, 8 * work.block_rows);
-      parallel_for(threads, pieces(count, share), [&](int64_t index, int slot) {
-        const int64_t start = index * share;
+      const int64_t shares = pieces(count, share);
+      parallel_for(threads, shares, [&](int64_t index, int slot) {
+        const int64_t start = spread(index, shares, threads) * share;
         task.rows(work, first + start, std::min(share, count - start), first, slot);
       });
       if (!work.use_slab) continue;

@@ -9,7 +9,7 @@ namespace {
 // Each fills the registers without spilling and loads less than it multiplies.
 #if defined(__AVX512F__)
 constexpr int kNarrowRows = 16, kWideRows = 8, kWidePanels = 3;
-constexpr int kInputRows = 8, kInputVectors = 2;
+constexpr int kInputRows = 4, kInputVectors = 4;
 constexpr int kWeightClasses = 6, kWeightVectors = 4;
 #elif defined(__AVX2__)
 constexpr int kNarrowRows = 6, kWideRows = 6, kWidePanels = 1;
@@ -203,9 +203,68 @@ void logits_of(const CriticHeadWork& work, int64_t count, const float* block, Ah
   }
 }
 
+#if defined(__AVX512F__)
+// What softmax_of does, for up to 16 classes: sixteen rows are turned on their side, and every lane has a row
+// to work on.
+template <class H>
+void softmax_narrow(const CriticHeadWork& work, int64_t first, int64_t count, float* logits) {
+  const CriticHead& args = work.args;
+  const int classes = static_cast<int>(args.classes);
+  for (int64_t group = 0; group < count; group += kLanes) {
+    const int rows = static_cast<int>(least(kLanes, count - group));
+    float* block = logits + group * kClassPanel;
+    float at_target[kLanes] = {};
+    Vec x[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = load(block + i * kClassPanel);
+    for (int i = 0; i < rows; ++i)
+      if (label_of(args, first + group + i) == Label::counted)
+        at_target[i] = block[i * kClassPanel + args.target[first + group + i]];
+    transpose(x);
+    Vec top = x[0];
+#pragma GCC unroll 16
+    for (int v = 1; v < kLanes; ++v) {
+      if (v >= classes) break;
+      top = max(top, x[v]);
+    }
+    Vec total = broadcast(0.0f);
+#pragma GCC unroll 16
+    for (int v = 0; v < kLanes; ++v) {
+      if (v >= classes) break;
+      x[v] = exp_nonpositive(sub(x[v], top));
+      total = add(total, x[v]);
+    }
+    const Vec factor = inverse(total);
+#pragma GCC unroll 16
+    for (int v = 0; v < kLanes; ++v) x[v] = v < classes ? mul(x[v], factor) : broadcast(0.0f);
+    transpose(x);
+    float loss[kLanes];
+    store(loss, sub(log_from_one(total), sub(load(at_target), top)));
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i >= rows) break;
+      const int64_t row = first + group + i;
+      const Label label = label_of(args, row);
+      if (label == Label::counted) {
+        x[i] = subtract_one_at(x[i], static_cast<int>(args.target[row]));
+      } else {
+        x[i] = broadcast(0.0f);
+        loss[i] = label == Label::ignored ? 0.0f : __builtin_nanf("");
+      }
+      store(block + i * kClassPanel, x[i]);
+      store_first(at<H>(args.dlogits, row * args.classes), x[i], classes);
+    }
+    store_first(args.loss + first + group, load(loss), rows);
+  }
+}
+#endif
+
 // Turns a block's logits into softmax - onehot, in place and in args.dlogits, and writes the losses.
 template <class H>
 void softmax_of(const CriticHeadWork& work, int64_t first, int64_t count, float* logits) {
+#if defined(__AVX512F__)
+  if (work.class_panels == 1) return softmax_narrow<H>(work, first, count, logits);
+#endif
   const CriticHead& args = work.args;
   const int64_t last = work.class_panels - 1;
   const int tail = static_cast<int>(args.classes - last * kClassPanel);
@@ -350,20 +409,23 @@ void input_gradient(const CriticHeadWork& work, int64_t first, int64_t count, co
   const CriticHead& args = work.args;
   const float scale = *args.scale;
   constexpr int64_t step = kInputVectors * kLanes;
-  const int64_t row_tiles = pieces(count, kInputRows), column_tiles = pieces(args.depth, step);
+  const auto tile = [&](int64_t r, int64_t column) __attribute__((always_inline)) {
+    const uint64_t panel = static_cast<uint64_t>(column) / kColumnPanel;
+    const uint64_t within = static_cast<uint64_t>(column) % kColumnPanel;
+    input_tile<H, kInputRows, kInputVectors>(
+        work, count - r, dlogits + r * kClassPanel,
+        work.weight_by_column + panel * static_cast<uint64_t>(args.classes * kColumnPanel) + within,
+        block + panel * static_cast<uint64_t>(work.block_stride) + within + r * kColumnPanel,
+        args.depth - column, scale, at<H>(args.dh, (first + r) * args.depth + column));
+  };
   // A small weight stays in L1, so dh can be written in the order of memory; a large one is walked once.
-  const bool by_rows = args.classes * args.depth <= kInnermost;
-  const int64_t inner = by_rows ? column_tiles : row_tiles, outer = by_rows ? row_tiles : column_tiles;
-  for (int64_t i = 0; i < outer; ++i)
-    for (int64_t j = 0; j < inner; ++j) {
-      const int64_t r = (by_rows ? i : j) * kInputRows, column = (by_rows ? j : i) * step;
-      const int64_t panel = column / kColumnPanel, within = column % kColumnPanel;
-      const float* weight = work.weight_by_column + panel * args.classes * kColumnPanel + within;
-      const float* source = block + panel * work.block_stride + r * kColumnPanel + within;
-      input_tile<H, kInputRows, kInputVectors>(work, count - r, dlogits + r * kClassPanel, weight, source,
-                                               args.depth - column, scale,
-                                               at<H>(args.dh, (first + r) * args.depth + column));
-    }
+  if (args.classes * args.depth <= kInnermost) {
+    for (int64_t r = 0; r < count; r += kInputRows)
+      for (int64_t column = 0; column < args.depth; column += step) tile(r, column);
+  } else {
+    for (int64_t column = 0; column < args.depth; column += step)
+      for (int64_t r = 0; r < count; r += kInputRows) tile(r, column);
+  }
   for (int64_t r = 0; r < count; ++r) {
     // 0 * weight is NaN where a weight is not finite.
     if (label_of(args, first + r) == Label::counted) continue;

@@ -69,6 +69,39 @@ LCT_INLINE void split_exponent(Vec x, Vec& mantissa, Vec& exponent) {
 }
 LCT_INLINE void stream(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
 
+LCT_INLINE Vec inverse(Vec x) { return {_mm512_div_ps(_mm512_set1_ps(1.0f), x.v)}; }
+LCT_INLINE Vec subtract_one_at(Vec x, int lane) {
+  return {_mm512_mask_sub_ps(x.v, static_cast<__mmask16>(1u << lane), x.v, _mm512_set1_ps(1.0f))};
+}
+// Lane j of row i changes places with lane i of row j.
+LCT_INLINE void transpose(Vec (&x)[kLanes]) {
+  __m512 y[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    y[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  // Now squares of four: z[4 i + j] holds column j of rows 4 i to 4 i + 3 in each of its quarters.
+  __m512 z[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    z[i] = _mm512_shuffle_ps(y[i], y[i + 2], 0x44);
+    z[i + 1] = _mm512_shuffle_ps(y[i], y[i + 2], 0xee);
+    z[i + 2] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+    z[i + 3] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 a = _mm512_shuffle_f32x4(z[j], z[4 + j], 0x88), b = _mm512_shuffle_f32x4(z[j], z[4 + j], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(z[8 + j], z[12 + j], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(z[8 + j], z[12 + j], 0xdd);
+    x[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    x[j + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[j + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    x[j + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
 LCT_INLINE Vec load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
