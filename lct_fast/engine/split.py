@@ -14,14 +14,15 @@ from lct_fast import critics as critic_registry
 from lct_fast.critics import Critic
 from lct_fast.engine.group import Cut, Group, build_module, make_groups
 
-CriticSpec = str | Sequence[str]
+# A critic's spec, or a function of (the group's output shape without the batch, classes) that makes one.
+CriticSpec = str | Callable[[tuple[int, ...], int], Critic]
 
 
 def split(
     model: nn.Module,
     groups: int | None = None,
     example_input: Tensor | None = None,
-    critic: CriticSpec | None = None,
+    critic: CriticSpec | Sequence[CriticSpec] | None = None,
     split_points: Sequence[str] | None = None,
     repeats: int = 5,
 ) -> list[Group]:
@@ -36,8 +37,9 @@ def split(
             submodules other than ``nn.Sequential`` stay whole. It is shared with the groups, not copied.
         groups: number K of groups; may be left out with ``split_points``.
         example_input: [N, ...], a batch as in training; N >= 2 where there is batch norm.
-        critic: a critic's spec (see ``lct_fast.critics``) for every cut, or a list of K - 1 specs; None for
-            ``pooled_linear`` on feature maps and ``linear`` on vectors.
+        critic: a critic's spec (see ``lct_fast.critics``) or a function ``(shape, num_classes) -> Critic``, for
+            every cut, or a list of K - 1 of them; None for ``pooled_linear`` on feature maps and ``linear`` on
+            vectors.
         split_points: names of the K - 1 modules that start groups 2..K, e.g. ``["layer2", "layer3.4"]``.
         repeats: timings of each unit; the median counts.
 
@@ -178,9 +180,14 @@ def _shapes(model: nn.Module, graph: fx.Graph, x: Tensor) -> tuple[dict[fx.Node,
     return recorder.shapes, out.shape[-1]
 
 
-def _critic_specs(critic: CriticSpec | None, groups: int) -> list[str | None]:
-    one = critic is None or isinstance(critic, str)
-    specs: list[str | None] = [critic] * (groups - 1) if one else list(critic)  # type: ignore[arg-type,list-item]
+def _critic_specs(
+    critic: CriticSpec | Sequence[CriticSpec] | None, groups: int
+) -> list[CriticSpec | None]:
+    specs: list[CriticSpec | None]
+    if critic is None or isinstance(critic, str) or callable(critic):
+        specs = [critic]
+    else:
+        specs = list(critic)
     if len(specs) == 1:
         specs *= groups - 1
     if len(specs) != groups - 1 and groups > 1:
@@ -210,7 +217,7 @@ def _balance(
     groups: int,
     x: Tensor,
     shapes: dict[fx.Node, tuple[int, ...]],
-    specs: list[str | None],
+    specs: list[CriticSpec | None],
     num_classes: int,
     repeats: int,
 ) -> list[fx.Node]:
@@ -239,13 +246,15 @@ def _balance(
     return [starts[i] for i in ends]
 
 
-def _head(spec: str | None, shape: tuple[int, ...], num_classes: int, device: torch.device) -> Critic:
+def _head(spec: CriticSpec | None, shape: tuple[int, ...], num_classes: int, device: torch.device) -> Critic:
     if spec is None:
         spec = "pooled_linear" if len(shape) == 3 else "linear"
+    if callable(spec):
+        return spec(shape, num_classes).to(device)
     return critic_registry.build(spec, shape, num_classes).to(device)
 
 
-def _fits(spec: str | None, shape: tuple[int, ...], num_classes: int) -> bool:
+def _fits(spec: CriticSpec | None, shape: tuple[int, ...], num_classes: int) -> bool:
     try:
         _head(spec, shape, num_classes, torch.device("meta"))
     except ValueError:

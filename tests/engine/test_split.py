@@ -146,6 +146,23 @@ def test_exits_are_plain_modules_with_the_users_names(exit: int) -> None:
     assert module is model if exit == 3 else "critic.head.weight" in module.state_dict()
 
 
+def test_a_critic_of_ones_own_and_one_a_cut() -> None:
+    class Mean(lct.critics.Critic):
+        def __init__(self, channels: int, classes: int) -> None:
+            super().__init__()
+            self.head = nn.Linear(channels, classes)
+
+        def features(self, h: Tensor) -> Tensor:
+            return h.mean((2, 3))
+
+    points = ["layer1", "layer2"]
+    groups = lct.split(UserNet(), example_input=X, split_points=points, critic=lambda s, c: Mean(s[0], c))
+    assert [type(g.critic) for g in groups[:2]] == [Mean, Mean]
+    groups = lct.split(UserNet(), example_input=X, split_points=points, critic=["linear", "pooled_linear:pool=4"])
+    assert [g.critic.head.in_features for g in groups[:2]] == [8 * 64, 8 * 16]
+    assert len(lct.split(UserNet(), 3, X, critic=lambda s, c: Mean(s[0], c))) == 3
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

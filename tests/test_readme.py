@@ -1,0 +1,69 @@
+"""README: its Python runs, its commands exist, its figures are those of the committed result files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lct_fast.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_python_blocks_run(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = set(re.findall(r"^lct-fast (\w+)", README, re.M))
+    assert commands == {"train", "eval", "export", "report", "info"}
+    for command in sorted(commands):
+        with pytest.raises(SystemExit) as status:
+            main([command, "--help"])
+        assert status.value.code == 0
+        assert command in capsys.readouterr().out
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def _rows(heading: str) -> list[list[str]]:
+    """Cells of the first table after ``heading``."""
+    table = README[README.index(heading) :].split("\n|---", 1)[1].split("\n\n", 1)[0]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+
+
+def test_digits_table_is_the_result_file() -> None:
+    results = json.loads((ROOT / "benchmarks/results/digits.json").read_text())["over_seeds"]
+    for method, last, first in _rows("Digits ("):
+        for key, cell in (("last_exit", last), ("first_exit", first)):
+            if cell:
+                stored = results[method][key]
+                assert cell == f"{100 * stored['mean']:.2f} ± {100 * stored['sd']:.2f}", (method, key)
+
+
+def test_cifar10_table_is_the_result_file() -> None:
+    loaded = json.loads((ROOT / "benchmarks/results/cifar10.json").read_text())
+    accuracy = {r["name"]: f"{100 * r['test_accuracy']:.2f}" for r in loaded["runs"]}
+    kinds = {"": "", "pooled linear, 4x4": "-pooled", "conv_fc, 32 filters": "-conv",
+             "conv_fc, 32 filters, Adam 1e-4": "-conv", "pooled linear, 4x4, Adam 1e-4": "-pooled-lr1e-4",
+             "pooled linear, 4x4, Adam 1e-3": "-pooled"}  # fmt: skip
+    rows = _rows("CIFAR-10, 12,500")
+    for method, critic, short, short_gap, long, long_gap in rows:
+        name = method + kinds[critic]
+        assert (short, long) == (accuracy[f"{name}-1x"], accuracy[f"{name}-3x"]), name
+        if method != "backprop":
+            gaps = loaded["points_behind_backprop"][name]
+            assert (short_gap, long_gap) == (f"{gaps['1x']:.2f}", f"{gaps['3x']:.2f}"), name
+    assert len(rows) * 2 == len(accuracy)
