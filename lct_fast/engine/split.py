@@ -180,14 +180,9 @@ def _shapes(model: nn.Module, graph: fx.Graph, x: Tensor) -> tuple[dict[fx.Node,
     return recorder.shapes, out.shape[-1]
 
 
-def _critic_specs(
-    critic: CriticSpec | Sequence[CriticSpec] | None, groups: int
-) -> list[CriticSpec | None]:
-    specs: list[CriticSpec | None]
-    if critic is None or isinstance(critic, str) or callable(critic):
-        specs = [critic]
-    else:
-        specs = list(critic)
+def _critic_specs(critic: CriticSpec | Sequence[CriticSpec] | None, groups: int) -> list[CriticSpec | None]:
+    one = critic is None or isinstance(critic, str) or callable(critic)
+    specs: list[CriticSpec | None] = [critic] if one else list(critic)  # type: ignore[arg-type,list-item]
     if len(specs) == 1:
         specs *= groups - 1
     if len(specs) != groups - 1 and groups > 1:
