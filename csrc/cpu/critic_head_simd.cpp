@@ -613,10 +613,11 @@ void slab_of(const CriticHeadWork& work, int64_t first, int64_t count, int64_t p
       pack_columns<H>(work, first + done + r, panel, block + r * kColumnPanel);
     clear_uncounted(work, first + done, n, block, 1);
     add_weight_gradient(here, n, block, dlogits + done * kClassPanel, stride, sums);
+    // Block by block: one running sum over a slab would lose digits.
+    if (panel == 0)
+      add_bias_gradient(pieces(here, kClassPanel), n, dlogits + done * kClassPanel, stride,
+                        bias_sums(work, work.sums) + first_class);
   }
-  if (panel == 0)
-    add_bias_gradient(pieces(here, kClassPanel), count, dlogits, stride,
-                      bias_sums(work, work.sums) + first_class);
 }
 
 template <class W>
