@@ -23,7 +23,6 @@ SHAPES = {
     (9, 13, 1000): "1000 classes, few rows",
     (64, 64, 16): "nothing left over at any block size",
     (1027, 5, 3): "many blocks of rows, so partial sums are folded",
-    (4099, 5, 100): "many blocks within one chunk of many classes: sums over rows keep their digits",
 }
 
 # (h, weight), the mixed ones as autocast gives them.
