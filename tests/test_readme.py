@@ -67,3 +67,19 @@ def test_cifar10_table_is_the_result_file() -> None:
             gaps = loaded["points_behind_backprop"][name]
             assert (short_gap, long_gap) == (f"{gaps['1x']:.2f}", f"{gaps['3x']:.2f}"), name
     assert len(rows) * 2 == len(accuracy)
+
+
+def test_kernel_table_is_the_result_file() -> None:
+    loaded = json.loads((ROOT / "benchmarks/results/critic_head_cpu.json").read_text())["rows"]
+    contenders = ("lct_fast", "torch.compile", "torch.compile max-autotune-no-cudagraphs", "torch eager")
+    rows = _rows("`critic_head` on the CPU: loss")
+    for shape, *cells in rows:
+        rows_, depth, classes, dtype = re.findall(r"\w+", shape.replace(" x ", " "))
+        found = {
+            r["contender"]: r
+            for r in loaded
+            if (r["rows"], r["depth"], r["classes"], r["dtype"]) == (int(rows_), int(depth), int(classes), dtype)
+        }
+        times = [f"{found[c]['us_p50'] / 1e3:.2f}" for c in contenders]
+        assert cells == [*times, f"{found['lct_fast']['times_as_fast_as_best_rival']:.2f}x"], shape
+    assert len(rows) * len(contenders) == len(loaded)
