@@ -24,12 +24,14 @@ class Backend:
     """One implementation of an op.
 
     `why_not(device)` is "" when it can run on that kind of device ("cpu", "cuda", or None for any), else
-    the reason and what would change it. `dtypes` are the kinds of input it takes, None for all.
+    the reason and what would change it. `dtypes` are the kinds of input it takes, `largest` the largest size
+    (what size means is the op's: classes, for a head); None for all.
     """
 
     run: Callable[..., Any]
     why_not: Callable[[str | None], str]
     dtypes: frozenset[Any] | None = None
+    largest: int | None = None
 
 
 @dataclass
@@ -39,41 +41,43 @@ class Op:
     name: str
     backends: Mapping[str, Backend]
     preference: Mapping[str, Sequence[str]]
-    _resolved: dict[tuple[str | None, str, Any], Callable[..., Any]] = field(default_factory=dict)
+    _resolved: dict[tuple[str | None, str, Any, int], Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _OPS[self.name] = self
 
-    def resolve(self, device: str, dtype: Any) -> Callable[..., Any]:
+    def resolve(self, device: str, dtype: Any, size: int = 0) -> Callable[..., Any]:
         """The implementation for inputs of this kind, under the choice in force."""
-        key = (_choice, device, dtype)
+        key = (_choice, device, dtype, size)
         run = self._resolved.get(key)
         if run is None:
-            run = self._resolved[key] = self._resolve(device, dtype)
+            run = self._resolved[key] = self._resolve(device, dtype, size)
         return run
 
     def forget(self) -> None:
         """Drop what was resolved: for tests that change what is there."""
         self._resolved.clear()
 
-    def _resolve(self, device: str, dtype: Any) -> Callable[..., Any]:
+    def _resolve(self, device: str, dtype: Any, size: int) -> Callable[..., Any]:
         if _choice is not None:
-            reason = self._why_not(_choice, device, dtype)
+            reason = self._why_not(_choice, device, dtype, size)
             if reason:
                 raise BackendError(f"{self.name} cannot run on backend '{_choice}': {reason}")
             return self.backends[_choice].run
         for name in self.preference.get(device, ()):
-            if not self._why_not(name, device, dtype):
+            if not self._why_not(name, device, dtype, size):
                 return self.backends[name].run
         return self.backends["reference"].run
 
-    def _why_not(self, name: str, device: str, dtype: Any) -> str:
+    def _why_not(self, name: str, device: str, dtype: Any, size: int) -> str:
         backend = self.backends.get(name)
         if backend is None:
             return f"no such backend for this op, which has {', '.join(self.backends)}"
         if backend.dtypes is not None and dtype not in backend.dtypes:
             taken = ", ".join(sorted(str(d) for d in backend.dtypes))
             return f"it takes {taken} and got {dtype}; cast the input or use backend 'reference'"
+        if backend.largest is not None and size > backend.largest:
+            return f"it takes a size of up to {backend.largest} and got {size}; use another backend"
         return backend.why_not(device)
 
 

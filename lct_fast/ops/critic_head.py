@@ -206,7 +206,7 @@ def _run(
     ignore_index: int,
 ) -> Outputs:
     _check(h, weight, bias, target, scale, row_scale, activation)
-    run: Callable[..., Outputs] = _HEAD.resolve(h.device.type, h.dtype)
+    run: Callable[..., Outputs] = _HEAD.resolve(h.device.type, h.dtype, weight.shape[0])
     if h.shape[0] == 0:
         return _nothing(h, weight, row_scale)
     return run(
@@ -226,7 +226,7 @@ def _run_wgrad(
 ) -> tuple[Tensor, Tensor]:
     out = _wgrad_dtype(h, dtype)
     _check_wgrad(h, dlogits, row_scale, activation, out)
-    run: Callable[..., tuple[Tensor, Tensor]] = _WGRAD.resolve(h.device.type, h.dtype)
+    run: Callable[..., tuple[Tensor, Tensor]] = _WGRAD.resolve(h.device.type, h.dtype, dlogits.shape[1])
     if h.shape[0] == 0:
         dweight, dbias = _empty_wgrad(h, dlogits, out)
         return dweight.zero_(), dbias.zero_()
@@ -454,13 +454,15 @@ def _triton_wgrad(
 
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _KERNEL_DTYPES = frozenset(_NATIVE_DTYPE)
+# A row of logits is one tile in registers there.
+_TRITON_CLASSES = 1024
 
 _HEAD = Op(
     "critic_head",
     {
         "reference": Backend(_reference, available.always),
         "cpu": Backend(_native_head, available.cpu, _KERNEL_DTYPES),
-        "triton": Backend(_triton_head, available.triton, _KERNEL_DTYPES),
+        "triton": Backend(_triton_head, available.triton, _KERNEL_DTYPES, _TRITON_CLASSES),
         "cuda": Backend(_native_head, available.cuda, _KERNEL_DTYPES),
     },
     _PREFERENCE,
@@ -470,7 +472,7 @@ _WGRAD = Op(
     {
         "reference": Backend(reference.critic_head_wgrad, available.always),
         "cpu": Backend(_native_wgrad, available.cpu, _KERNEL_DTYPES),
-        "triton": Backend(_triton_wgrad, available.triton, _KERNEL_DTYPES),
+        "triton": Backend(_triton_wgrad, available.triton, _KERNEL_DTYPES, _TRITON_CLASSES),
         "cuda": Backend(_native_wgrad, available.cuda, _KERNEL_DTYPES),
     },
     _PREFERENCE,

@@ -43,6 +43,20 @@ def test_the_first_preferred_backend_that_can_run_is_used(op: Op) -> None:
     assert op.resolve("a device nobody thought of", int)() == "reference"
 
 
+def test_a_size_beyond_a_backend_goes_to_the_next(op: Op) -> None:
+    small = Backend(lambda: "small", lambda device: "", None, largest=8)
+    op = Op("sized", {**op.backends, "small": small}, {"cpu": ("small", "quick")})
+    assert [op.resolve("cpu", int, size)() for size in (8, 9)] == ["small", "quick"]
+
+
+def test_triton_takes_as_many_classes_as_its_kernels() -> None:
+    from lct_fast.kernels import critic_head as kernels
+
+    assert _HEAD.backends["triton"].largest == kernels.MAX_CLASSES
+    with ops.use_backend("triton"), pytest.raises(BackendError, match="up to 1024 and got 1025"):
+        make(2, 3, 1025).run()
+
+
 def test_backends_lists_what_can_run_and_why_not_the_rest(op: Op) -> None:
     assert ops.backends("double") == {
         "reference": "available",
