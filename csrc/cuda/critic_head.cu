@@ -1,10 +1,12 @@
 // critic_head in fp32 arithmetic, for few classes, where the time goes into reading h and writing dh.
 //
 // A block takes tiles of 64 rows, 8 to a warp, and each warp carries its rows through all of
-//   logits   8 rows x 8 classes in registers, each lane one quad of columns in 128; summed over lanes at the end
-//   softmax  in the warp's scratch [classes][8 rows], which then holds dlogits in fp32
-//   dh       8 rows x one quad of columns a lane
-//   dweight  the block's 64 rows at once, added to sums that stay in shared memory for all of its tiles
+//
+//   - logits: 8 rows x 8 classes in registers, each lane one quad of every 128 columns; then summed over lanes
+//   - softmax: in the warp's scratch [classes][8 rows], which from then on holds dlogits in fp32
+//   - dh: 8 rows x one quad of columns a lane
+//   - dweight: the block's 64 rows at once, added to sums that stay in shared memory for all of its tiles
+//
 // so that h comes from memory once (later readings find it in L1 or L2) and every weight read from shared
 // memory serves 8 rows. A lane reads a quad of a row at once: 16 bytes in fp32, 8 in fp16 and bf16, where a
 // warp's request is 256 contiguous bytes and a row of 128 columns keeps every lane busy.
@@ -30,11 +32,11 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kRows = 8;                    // that a warp works on at once
+constexpr int kRows = 8;  // that a warp works on at once
 constexpr int kTileRows = kWarps * kRows;
-constexpr int kClasses = 8;                 // that a warp accumulates at once
-constexpr int kQuad = 4;                    // columns a lane works on at once
-constexpr int kStep = kLanes * kQuad;       // columns a warp works on at once
+constexpr int kClasses = 8;            // that a warp accumulates at once
+constexpr int kQuad = 4;               // columns a lane works on at once
+constexpr int kStep = kLanes * kQuad;  // columns a warp works on at once
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 constexpr int kSharedFloats = 96 * 1024 / sizeof(float);
@@ -67,20 +69,32 @@ __device__ __forceinline__ void store_quad(T* to, const Quad<T>& quad) {
 template <typename T>
 __device__ float to_float(T x);
 template <>
-__device__ float to_float(float x) { return x; }
+__device__ float to_float(float x) {
+  return x;
+}
 template <>
-__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__half x) {
+  return __half2float(x);
+}
 template <>
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
 
 template <typename T>
 __device__ T from_float(float x);
 template <>
-__device__ float from_float(float x) { return x; }
+__device__ float from_float(float x) {
+  return x;
+}
 template <>
-__device__ __half from_float(float x) { return __float2half_rn(x); }
+__device__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
+__device__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
 
 __device__ float load(const void* from, int64_t index, DType dtype) {
   if (dtype == DType::f32) return static_cast<const float*>(from)[index];
@@ -89,9 +103,12 @@ __device__ float load(const void* from, int64_t index, DType dtype) {
 }
 
 __device__ void store(void* to, int64_t index, DType dtype, float x) {
-  if (dtype == DType::f32) static_cast<float*>(to)[index] = x;
-  else if (dtype == DType::f16) static_cast<__half*>(to)[index] = from_float<__half>(x);
-  else static_cast<__nv_bfloat16*>(to)[index] = from_float<__nv_bfloat16>(x);
+  if (dtype == DType::f32)
+    static_cast<float*>(to)[index] = x;
+  else if (dtype == DType::f16)
+    static_cast<__half*>(to)[index] = from_float<__half>(x);
+  else
+    static_cast<__nv_bfloat16*>(to)[index] = from_float<__nv_bfloat16>(x);
 }
 
 // NaN stays NaN.
@@ -117,8 +134,8 @@ struct Matrix {
 // x[r] = the quad at column d of row first + r; zeros for columns from depth on. Rows from `count` on repeat
 // the last one before: that takes no predicate a row, and their results are dropped.
 template <int kCount, typename T, bool kAligned>
-__device__ __forceinline__ void load_quads(float (&x)[kCount][kQuad], const Matrix<T, kAligned>& h, int64_t first,
-                                           int count, int d) {
+__device__ __forceinline__ void load_quads(float (&x)[kCount][kQuad], const Matrix<T, kAligned>& h,
+                                           int64_t first, int count, int d) {
   Quad<T> raw[kCount];
   const T* from = h.at(first, d);
 #pragma unroll
@@ -183,11 +200,11 @@ __device__ __forceinline__ void copy_weights(float* tile, const CriticHead& args
 // Sizes, and from them alone which of the ways above is taken.
 struct Plan {
   int padded_depth, padded_classes;
-  int weight_classes;   // in shared memory, with zeros past the last
-  bool resident;        // all weights stay in shared memory
+  int weight_classes;  // in shared memory, with zeros past the last
+  bool resident;       // all weights stay in shared memory
   bool shared_scratch;
-  bool fused;           // dweight and dbias are summed in the same pass
-  int splits;           // of a tile's rows, so that every warp has work in the dweight sums
+  bool fused;                     // dweight and dbias are summed in the same pass
+  int splits;                     // of a tile's rows, so that every warp has work in the dweight sums
   int weight_floats, sum_floats;  // in shared memory
   int64_t scratch_floats;         // a block
   int tiles, tiles_per_chunk, chunks;
@@ -300,14 +317,15 @@ __device__ __forceinline__ void accumulate_logits(float (&acc)[kCount * kRows], 
 // without rows (count <= 0), because weights that are not resident pass through shared memory on the way.
 template <int kCount, bool kResident, typename T, bool kAligned>
 __device__ __forceinline__ void compute_logits(float* scratch, float* weights, const Matrix<T, kAligned>& h,
-                                               const CriticHead& args, const Plan& plan, int64_t first, int count,
-                                               int v0) {
+                                               const CriticHead& args, const Plan& plan, int64_t first,
+                                               int count, int v0) {
   const int lane = threadIdx.x % kLanes;
   const int classes = static_cast<int>(args.classes), padded = plan.padded_depth;
   float acc[kCount * kRows] = {};
   if constexpr (kResident) {
     if (count <= 0) return;
-    accumulate_logits<kCount>(acc, h, first, count, args.activation, weights + v0 * padded, padded, 0, padded);
+    accumulate_logits<kCount>(acc, h, first, count, args.activation, weights + v0 * padded, padded, 0,
+                              padded);
   } else {
 #pragma unroll 1
     for (int d0 = 0; d0 < padded; d0 += kStreamDepth) {
@@ -399,8 +417,9 @@ __device__ __forceinline__ void accumulate_dh(float (&acc)[kRows][kQuad], const 
 
 // dh = scale * acc * act'(h), rounded. Four rows at a time, which keeps fewer of h's in registers.
 template <typename T, bool kAligned>
-__device__ __forceinline__ void store_dh(const float (&acc)[kRows][kQuad], T* dh, const Matrix<T, kAligned>& h,
-                                         int64_t first, int count, Activation activation, float scale, int d) {
+__device__ __forceinline__ void store_dh(const float (&acc)[kRows][kQuad], T* dh,
+                                         const Matrix<T, kAligned>& h, int64_t first, int count,
+                                         Activation activation, float scale, int d) {
 #pragma unroll
   for (int half = 0; half < kRows; half += kQuad) {
     if (half >= count) return;
@@ -474,18 +493,21 @@ __device__ __forceinline__ void accumulate_dweight(float (&acc)[kClasses][kQuad]
 // counts what is left from the first class on: the sums of no more than 8, 4 or 2 are worked out.
 template <typename T, bool kAligned>
 __device__ __forceinline__ void accumulate_groups(float (&acc)[kClasses][kQuad], const float* scratch,
-                                                  int stride, int begin, int end, const Matrix<T, kAligned>& h,
-                                                  int64_t first, int64_t rows, Activation activation,
-                                                  int classes, int d) {
+                                                  int stride, int begin, int end,
+                                                  const Matrix<T, kAligned>& h, int64_t first, int64_t rows,
+                                                  Activation activation, int classes, int d) {
 #pragma unroll 1
   for (int group = begin; group < end; ++group) {
     const int64_t row = first + group * kRows;
     const int count = static_cast<int>(min(rows - row, int64_t{kRows}));
     if (count <= 0) return;
     const float* from = scratch + group * stride;
-    if (classes > 4) accumulate_dweight<8>(acc, from, h, row, count, activation, d);
-    else if (classes > 2) accumulate_dweight<4>(acc, from, h, row, count, activation, d);
-    else accumulate_dweight<2>(acc, from, h, row, count, activation, d);
+    if (classes > 4)
+      accumulate_dweight<8>(acc, from, h, row, count, activation, d);
+    else if (classes > 2)
+      accumulate_dweight<4>(acc, from, h, row, count, activation, d);
+    else
+      accumulate_dweight<2>(acc, from, h, row, count, activation, d);
   }
 }
 
@@ -509,8 +531,8 @@ __device__ __forceinline__ float sum_of_class(const float* scratch, int stride) 
 // Adds a tile's dweight and dbias to the block's sums. The scratches hold row_scale * dlogits.
 template <typename T, bool kAligned>
 __device__ __forceinline__ void add_wgrad(float* sums, float* bias_sums, const float* scratches,
-                                          const Matrix<T, kAligned>& h, const CriticHead& args, const Plan& plan,
-                                          int64_t first) {
+                                          const Matrix<T, kAligned>& h, const CriticHead& args,
+                                          const Plan& plan, int64_t first) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int classes = static_cast<int>(args.classes), padded = plan.padded_depth;
   const int group_stride = kRows * plan.padded_classes;
@@ -534,8 +556,8 @@ __device__ __forceinline__ void add_wgrad(float* sums, float* bias_sums, const f
         acc[v][3] = before.w;
       }
     }
-    accumulate_groups(acc, scratches + v0 * kRows, group_stride, split * groups, (split + 1) * groups, h, first,
-                      args.rows, args.activation, classes - v0, d);
+    accumulate_groups(acc, scratches + v0 * kRows, group_stride, split * groups, (split + 1) * groups, h,
+                      first, args.rows, args.activation, classes - v0, d);
 #pragma unroll
     for (int v = 0; v < kClasses; ++v) {
       if (v0 + v < classes) put_quad(to + v * padded, acc[v]);
@@ -553,7 +575,8 @@ __device__ __forceinline__ void store_partial(float* partial, const float* sums,
   for (int v = warp; v < classes; v += kWarps) {
     for (int d = lane; d < depth; d += kLanes) {
       float sum = 0.0f;
-      for (int split = 0; split < plan.splits; ++split) sum += sums[(split * plan.weight_classes + v) * plan.padded_depth + d];
+      for (int split = 0; split < plan.splits; ++split)
+        sum += sums[(split * plan.weight_classes + v) * plan.padded_depth + d];
       partial[v * depth + d] = sum;
     }
   }
@@ -571,8 +594,9 @@ __global__ void __launch_bounds__(kThreads, 2) head_kernel(const CriticHead args
   float* weights = shared;                     // [classes][padded], or the tile that passes through
   float* sums = weights + plan.weight_floats;  // fused: [splits][weight_classes][padded], then dbias
   float* bias_sums = sums + plan.splits * plan.weight_classes * padded;
-  float* scratches = kResident || plan.shared_scratch ? sums + plan.sum_floats
-                                         : static_cast<float*>(args.workspace) + blockIdx.x * plan.scratch_floats;
+  float* scratches = kResident || plan.shared_scratch
+                         ? sums + plan.sum_floats
+                         : static_cast<float*>(args.workspace) + blockIdx.x * plan.scratch_floats;
   float* scratch = scratches + warp * group_stride;  // this warp's, [padded_classes][8 rows]
 
   const Matrix<T, kAligned> h{static_cast<const T*>(args.h), static_cast<int>(args.depth)};
@@ -630,8 +654,9 @@ __global__ void __launch_bounds__(kThreads, 2) head_kernel(const CriticHead args
       }
     }
 
+    // From here on the scratch is written again, here or for the next tile.
+    __syncwarp();
     if (kResident && plan.fused) {
-      __syncwarp();
       // A warp without rows has no dlogits either: its scratch is set, not scaled.
       const int row = lane % kRows;
       const float factor = row < count ? args.row_scale[first + row] : 0.0f;
@@ -645,8 +670,8 @@ __global__ void __launch_bounds__(kThreads, 2) head_kernel(const CriticHead args
   }
 
   if (kResident && plan.fused) {
-    store_partial(static_cast<float*>(args.workspace) + blockIdx.x * (classes * depth + classes), sums, bias_sums,
-                  depth, classes, plan);
+    store_partial(static_cast<float*>(args.workspace) + blockIdx.x * (classes * depth + classes), sums,
+                  bias_sums, depth, classes, plan);
   }
 }
 
@@ -657,14 +682,17 @@ struct WgradPlan {
   int tiles, tiles_per_chunk, chunks;
 
   int64_t blocks() const { return int64_t{chunks} * class_tiles * depth_tiles; }
-  int64_t partial_floats(int64_t depth, int64_t classes) const { return chunks * (classes * depth + classes); }
+  int64_t partial_floats(int64_t depth, int64_t classes) const {
+    return chunks * (classes * depth + classes);
+  }
 };
 
 WgradPlan make_wgrad_plan(int64_t rows, int64_t depth, int64_t classes) {
   WgradPlan plan{};
   plan.class_warps = plan.depth_warps = 1;
   while (plan.class_warps < kWarps && plan.class_warps * kClasses < classes) plan.class_warps *= 2;
-  while (plan.class_warps * plan.depth_warps < kWarps && plan.depth_warps * kStep < depth) plan.depth_warps *= 2;
+  while (plan.class_warps * plan.depth_warps < kWarps && plan.depth_warps * kStep < depth)
+    plan.depth_warps *= 2;
   plan.splits = kWarps / (plan.class_warps * plan.depth_warps);
   plan.class_tiles = static_cast<int>(divide_up(classes, plan.class_warps * kClasses));
   plan.depth_tiles = static_cast<int>(divide_up(depth, plan.depth_warps * kStep));
@@ -680,13 +708,14 @@ constexpr int64_t kWgradFloats = kWarps * kClasses * kStep;
 // Block (chunk, class tile, column tile): partial dweight and, in the first column tile, dbias. A warp keeps
 // its 8 classes x 128 columns in registers for the whole chunk.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 2) wgrad_kernel(const CriticHeadWgrad args,
-                                                            const WgradPlan plan) {
+__global__ void __launch_bounds__(kThreads, 2)
+    wgrad_kernel(const CriticHeadWgrad args, const WgradPlan plan) {
   LCT_DYNAMIC_SHARED(float, shared);  // [groups][class_warps * 8][8 rows]; in the end [warps][8][128]
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int width = plan.class_warps * kClasses;
   const int group_stride = width * kRows;
-  const int chunk = static_cast<int>(blockIdx.x) % plan.chunks, block = static_cast<int>(blockIdx.x) / plan.chunks;
+  const int chunk = static_cast<int>(blockIdx.x) % plan.chunks,
+            block = static_cast<int>(blockIdx.x) / plan.chunks;
   const int class_tile = block % plan.class_tiles, depth_tile = block / plan.class_tiles;
 
   const int class_warp = warp % plan.class_warps;
@@ -755,9 +784,9 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_kernel(const CriticHeadWgra
 
 // Adds the chunks' partials: each warp a run of chunks in order, then the 8 runs in order. A lane is an entry
 // of dweight or, after those, of dbias. No chunk at all gives zeros.
-__global__ void __launch_bounds__(kThreads) fold_kernel(const float* partials, const int64_t chunks,
-                                                        const int64_t weights, const int64_t classes,
-                                                        void* dweight, void* dbias, const DType dtype) {
+__global__ void __launch_bounds__(kThreads)
+    fold_kernel(const float* partials, const int64_t chunks, const int64_t weights, const int64_t classes,
+                void* dweight, void* dbias, const DType dtype) {
   LCT_DYNAMIC_SHARED(float, shared);  // [warps][lanes]
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int64_t entries = weights + classes;
@@ -774,8 +803,10 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const float* partials, c
   __syncthreads();
   if (warp != 0 || entry >= entries) return;
   for (int w = 1; w < kWarps; ++w) sum += shared[w * kLanes + lane];
-  if (entry < weights) store(dweight, entry, dtype, sum);
-  else if (dbias) store(dbias, entry - weights, dtype, sum);
+  if (entry < weights)
+    store(dweight, entry, dtype, sum);
+  else if (dbias)
+    store(dbias, entry - weights, dtype, sum);
 }
 
 cudaError_t fold(const void* partials, int64_t chunks, int64_t depth, int64_t classes, void* dweight,
@@ -815,8 +846,7 @@ cudaError_t launch_wgrad(const CriticHeadWgrad& args, cudaStream_t stream) {
   if (plan.chunks > 0) {
     const auto kernel = wgrad_kernel_for(args.h_dtype, aligned(args.h, args.depth, args.h_dtype));
     const cudaError_t error =
-        launch(kernel, plan.blocks(), kThreads, kWgradFloats * sizeof(float),
-               stream, args, plan);
+        launch(kernel, plan.blocks(), kThreads, kWgradFloats * sizeof(float), stream, args, plan);
     if (error != cudaSuccess) return error;
   }
   return fold(args.workspace, plan.chunks, args.depth, args.classes, args.dweight, args.dbias,
@@ -850,7 +880,8 @@ size_t critic_head_cuda_workspace(int64_t rows, int64_t depth, int64_t classes, 
   const Plan plan = make_plan(rows, depth, classes, with_wgrad);
   const size_t pass = plan.workspace_floats(depth, classes) * sizeof(float);
   if (!with_wgrad || plan.fused) return pass;
-  return std::max(pass, critic_head_wgrad_cuda_workspace(rows, depth, classes, h_dtype, weight_dtype, device));
+  return std::max(pass,
+                  critic_head_wgrad_cuda_workspace(rows, depth, classes, h_dtype, weight_dtype, device));
 }
 
 cudaError_t critic_head_cuda(const CriticHead& args, int device, cudaStream_t stream) {
@@ -861,7 +892,8 @@ cudaError_t critic_head_cuda(const CriticHead& args, int device, cudaStream_t st
   const bool with_wgrad = args.dweight != nullptr;
   const Plan plan = make_plan(args.rows, args.depth, args.classes, with_wgrad);
   if (plan.chunks > 0) {
-    const bool quads = aligned(args.h, args.depth, args.h_dtype) && aligned(args.dh, args.depth, args.h_dtype);
+    const bool quads =
+        aligned(args.h, args.depth, args.h_dtype) && aligned(args.dh, args.depth, args.h_dtype);
     const auto kernel = head_kernel_for(args.h_dtype, quads, plan.resident);
     const cudaError_t error = launch(kernel, plan.chunks, kThreads, plan.shared_bytes(), stream, args, plan);
     if (error != cudaSuccess) return error;
@@ -871,8 +903,8 @@ cudaError_t critic_head_cuda(const CriticHead& args, int device, cudaStream_t st
     return fold(args.workspace, plan.chunks, args.depth, args.classes, args.dweight, args.dbias,
                 args.weight_dtype, stream);
   }
-  return launch_wgrad({args.h, args.dlogits, args.row_scale, args.dweight, args.dbias, args.workspace, args.rows,
-                       args.depth, args.classes, args.h_dtype, args.weight_dtype, args.activation},
+  return launch_wgrad({args.h, args.dlogits, args.row_scale, args.dweight, args.dbias, args.workspace,
+                       args.rows, args.depth, args.classes, args.h_dtype, args.weight_dtype, args.activation},
                       stream);
 }
 

@@ -1,15 +1,15 @@
 // How kernels are launched and what a launcher must leave as it found it.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 
-#include <cuda_runtime.h>
-
 // Declares `name`, the block's dynamic shared memory. (tests/cuda/host_cuda.h has its own.)
 #ifndef LCT_DYNAMIC_SHARED
-#define LCT_DYNAMIC_SHARED(type, name)                            \
+#define LCT_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char lct_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(lct_dynamic_shared)
 #endif
@@ -46,9 +46,9 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   if (blocks < 1 || blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   // A block gets more than 48 KiB only where the kernel has been allowed it on the current device.
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

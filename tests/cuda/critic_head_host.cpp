@@ -1,9 +1,11 @@
 // Runs csrc/cuda/critic_head.cu on the host and holds it against the formula in double.
 //
-//     critic_head_host case ROWS DEPTH CLASSES [COUNT]   types, alignment, activation, bad labels, several orders
-//                                                        of threads; COUNT of the 6 pairs of types
-//     critic_head_host special                           NaN and Inf in h, weights and bias
-//     critic_head_host launch                            devices, streams, failing calls, sizes that are refused
+//     critic_head_host case ROWS DEPTH CLASSES [COUNT]
+//         COUNT (default all 6) pairs of types; alignment, activation, bad labels; several orders of threads
+//     critic_head_host special
+//         NaN and Inf in h, weights and bias
+//     critic_head_host launch
+//         devices, streams, failing calls, sizes that are refused, bounds of the workspace
 //
 // Exit status 1 and a line each for what is wrong. Built with AddressSanitizer, every buffer has its exact
 // size, so that an access past one stops the program.
@@ -36,10 +38,16 @@ void fail(const char* format, Arguments... args) {
 }
 
 size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-const char* name_of(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::f16 ? "f16" : "bf16"; }
-double epsilon(DType dtype) { return std::ldexp(1.0, dtype == DType::f32 ? -23 : dtype == DType::f16 ? -10 : -7); }
+const char* name_of(DType dtype) {
+  return dtype == DType::f32 ? "f32" : dtype == DType::f16 ? "f16" : "bf16";
+}
+double epsilon(DType dtype) {
+  return std::ldexp(1.0, dtype == DType::f32 ? -23 : dtype == DType::f16 ? -10 : -7);
+}
 // Half the distance between the smallest numbers.
-double smallest(DType dtype) { return std::ldexp(1.0, dtype == DType::f32 ? -149 : dtype == DType::f16 ? -24 : -133); }
+double smallest(DType dtype) {
+  return std::ldexp(1.0, dtype == DType::f32 ? -149 : dtype == DType::f16 ? -24 : -133);
+}
 
 // Memory of exactly this size, `offset` elements past malloc's alignment, full of NaN.
 class Buffer {
@@ -61,9 +69,12 @@ class Buffer {
     return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data_)[i]);
   }
   void set(int64_t i, float x) {
-    if (dtype_ == DType::f32) reinterpret_cast<float*>(data_)[i] = x;
-    else if (dtype_ == DType::f16) reinterpret_cast<__half*>(data_)[i] = __float2half_rn(x);
-    else reinterpret_cast<__nv_bfloat16*>(data_)[i] = __float2bfloat16_rn(x);
+    if (dtype_ == DType::f32)
+      reinterpret_cast<float*>(data_)[i] = x;
+    else if (dtype_ == DType::f16)
+      reinterpret_cast<__half*>(data_)[i] = __float2half_rn(x);
+    else
+      reinterpret_cast<__nv_bfloat16*>(data_)[i] = __float2bfloat16_rn(x);
   }
   std::string bytes() const { return std::string(data_, count_ * size_of(dtype_)); }
 
@@ -91,9 +102,10 @@ struct Options {
 
 std::string describe(const Shape& s, const Options& o) {
   char text[200];
-  std::snprintf(text, sizeof text, "%ld x %ld x %ld h %s weight %s%s%s%s offset %d", s.rows, s.depth, s.classes,
-                name_of(o.h_dtype), name_of(o.weight_dtype), o.activation == Activation::relu ? " relu" : "",
-                o.bias ? " bias" : "", o.wgrad ? " wgrad" : "", o.offset);
+  std::snprintf(text, sizeof text, "%ld x %ld x %ld h %s weight %s%s%s%s offset %d", s.rows, s.depth,
+                s.classes, name_of(o.h_dtype), name_of(o.weight_dtype),
+                o.activation == Activation::relu ? " relu" : "", o.bias ? " bias" : "",
+                o.wgrad ? " wgrad" : "", o.offset);
   return text;
 }
 
@@ -150,12 +162,25 @@ struct Workspace {
 lct::CriticHead arguments(const Inputs& in, const Outputs& out, const Workspace& workspace) {
   const Shape& s = in.shape;
   const Options& o = in.options;
-  return {in.h.data(),        in.weight.data(),   in.bias.data(),   in.target.data(), in.scale.get(),
+  return {in.h.data(),
+          in.weight.data(),
+          in.bias.data(),
+          in.target.data(),
+          in.scale.get(),
           static_cast<const float*>(in.row_scale.data()),
           static_cast<float*>(out.loss.data()),
-          out.dlogits.data(), out.dh.data(),      out.dweight.data(), out.dbias.data(), workspace.memory.data(),
-          s.rows,             s.depth,            s.classes,        o.h_dtype,        o.weight_dtype,
-          o.activation,       o.ignore_index};
+          out.dlogits.data(),
+          out.dh.data(),
+          out.dweight.data(),
+          out.dbias.data(),
+          workspace.memory.data(),
+          s.rows,
+          s.depth,
+          s.classes,
+          o.h_dtype,
+          o.weight_dtype,
+          o.activation,
+          o.ignore_index};
 }
 
 size_t workspace_of(const Inputs& in) {
@@ -202,7 +227,8 @@ void compare(const char* what, const Buffer& got, const Exact& exact, const std:
   for (int64_t i = 0; i < got.size(); ++i) {
     const double x = got.get(i), y = exact.value[i];
     const bool good = std::isfinite(y) ? std::abs(x - y) <= exact.bound[i]
-                                       : std::isnan(y) ? std::isnan(x) : x == y;
+                      : std::isnan(y)  ? std::isnan(x)
+                                       : x == y;
     if (!good) {
       fail("%s: %s[%ld] is %.9g, expected %.9g within %.3g", where.c_str(), what, i, x, y, exact.bound[i]);
       return;
@@ -220,12 +246,13 @@ Expected expect(const Inputs& in, bool rounded_dlogits) {
   const Shape& s = in.shape;
   const Options& o = in.options;
   const double fine = epsilon(DType::f32), of_h = epsilon(o.h_dtype), of_weight = epsilon(o.weight_dtype);
-  const double over_depth = 4 * fine * std::sqrt(s.depth + 8.0), over_classes = 4 * fine * std::sqrt(s.classes + 8.0);
+  const double over_depth = 4 * fine * std::sqrt(s.depth + 8.0),
+               over_classes = 4 * fine * std::sqrt(s.classes + 8.0);
   const double over_rows = 4 * fine * std::sqrt(s.rows + 8.0);
   Expected out{Exact(s.rows), Exact(s.rows * s.classes), Exact(s.rows * s.depth), Exact(s.classes * s.depth),
                Exact(s.classes)};
-  std::vector<double> w(s.classes * s.depth), h(s.depth), a(s.depth), logits(s.classes), dh(s.depth), dh_size(s.depth),
-      dh_off(s.depth);
+  std::vector<double> w(s.classes * s.depth), h(s.depth), a(s.depth), logits(s.classes), dh(s.depth),
+      dh_size(s.depth), dh_off(s.depth);
   for (int64_t i = 0; i < s.classes * s.depth; ++i) w[i] = in.weight.get(i);
 
   for (int64_t n = 0; n < s.rows; ++n) {
@@ -250,7 +277,8 @@ Expected expect(const Inputs& in, bool rounded_dlogits) {
     for (int64_t v = 0; v < s.classes; ++v) sum += std::exp(logits[v] - largest);
 
     out.loss.value[n] = counted ? std::log(sum) + largest - logits[target] : ignored ? 0.0 : NAN;
-    out.loss.bound[n] = ignored ? 0 : 2 * off + 8 * fine * (std::abs(largest) + std::abs(out.loss.value[n]) + 1);
+    out.loss.bound[n] =
+        ignored ? 0 : 2 * off + 8 * fine * (std::abs(largest) + std::abs(out.loss.value[n]) + 1);
 
     std::fill(dh.begin(), dh.end(), 0.0);
     std::fill(dh_size.begin(), dh_size.end(), 0.0);
@@ -280,9 +308,9 @@ Expected expect(const Inputs& in, bool rounded_dlogits) {
       const bool passes = o.activation == Activation::none || h[d] > 0;
       const double value = passes ? *in.scale * dh[d] : 0.0;
       out.dh.value[n * s.depth + d] = value;
-      out.dh.bound[n * s.depth + d] =
-          passes ? *in.scale * (dh_off[d] + over_classes * dh_size[d]) + of_h * std::abs(value) + smallest(o.h_dtype)
-                 : 0.0;
+      out.dh.bound[n * s.depth + d] = passes ? *in.scale * (dh_off[d] + over_classes * dh_size[d]) +
+                                                   of_h * std::abs(value) + smallest(o.h_dtype)
+                                             : 0.0;
     }
   }
   for (Exact* gradient : {&out.dweight, &out.dbias}) {
@@ -321,9 +349,9 @@ void check(const Inputs& in, int seeds) {
 }
 
 void check_case(const Shape& shape, int count) {
-  const std::pair<DType, DType> dtypes[] = {{DType::f32, DType::f32},   {DType::bf16, DType::f32},
-                                            {DType::f16, DType::f16},   {DType::bf16, DType::bf16},
-                                            {DType::f32, DType::bf16},  {DType::f16, DType::f32}};
+  const std::pair<DType, DType> dtypes[] = {{DType::f32, DType::f32},  {DType::bf16, DType::f32},
+                                            {DType::f16, DType::f16},  {DType::bf16, DType::bf16},
+                                            {DType::f32, DType::bf16}, {DType::f16, DType::f32}};
   const int start = static_cast<int>((shape.rows + shape.depth + shape.classes) % 6);
   for (int i = 0; i < count; ++i) {
     const int index = start + i;
@@ -393,7 +421,8 @@ void check_launch() {
       host_cuda::last_stream = nullptr;
       host_cuda::calls = 0;
       expect_error("a plain call", run_on(device), cudaSuccess);
-      if (host_cuda::last_device != device) fail("ran on device %d, not on %d", host_cuda::last_device, device);
+      if (host_cuda::last_device != device)
+        fail("ran on device %d, not on %d", host_cuda::last_device, device);
       if (host_cuda::last_stream != stream) fail("did not use the stream");
       if (host_cuda::device != 1 - device) fail("left another device current");
 

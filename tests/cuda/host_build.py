@@ -51,4 +51,6 @@ def run(program: Path, *words: object) -> subprocess.CompletedProcess[str]:
 def check(program: Path, *words: object) -> None:
     done = run(program, *words)
     if done.returncode:
-        raise AssertionError(f"{' '.join(map(str, words))}: status {done.returncode}\n{done.stdout}{done.stderr}")
+        raise AssertionError(
+            f"{' '.join(map(str, words))}: status {done.returncode}\n{done.stdout}{done.stderr}"
+        )

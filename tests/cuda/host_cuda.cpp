@@ -1,5 +1,5 @@
-// The fibers behind host_cuda.h. Build this file without UBSan and with optimization: nearly all the time of a
-// run goes into switching.
+// The fibers behind host_cuda.h. Build this file without UBSan and with optimization: nearly all the time of
+// a run goes into switching.
 #include "host_cuda.h"
 
 #include <ucontext.h>

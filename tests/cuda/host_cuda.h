@@ -4,8 +4,8 @@
 //
 // A block's threads are fibers. One runs until it meets a barrier or a warp operation; which goes on next is
 // drawn from a seeded generator. Code that lacks a barrier therefore gives different results for different
-// seeds. Blocks run one after another, in an order that is drawn too. Dynamic shared memory is a heap block of
-// exactly the size asked for, filled with NaN: under AddressSanitizer an access past it stops the program,
+// seeds. Blocks run one after another, in an order that is drawn too. Dynamic shared memory is a heap block
+// of exactly the size asked for, filled with NaN: under AddressSanitizer an access past it stops the program,
 // as does one past any buffer that the test has allocated at its exact size.
 //
 // Stops the program too: a barrier or warp operation that some threads never reach, lanes of one warp at
@@ -128,10 +128,10 @@ inline int device_count = 2;
 // What a test reads.
 inline int device = 0;
 inline int calls = 0;
-inline int launches = 0;
 inline cudaStream_t last_stream = nullptr;
 inline int last_device = -1;
 
+// What a kernel reads through LCT_DYNAMIC_SHARED.
 inline void* dynamic_shared = nullptr;
 
 constexpr unsigned kWarpSize = 32;
@@ -221,7 +221,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       config->gridDim.x > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
-  ++launches;
   last_stream = config->stream;
   last_device = device;
   gridDim = config->gridDim;

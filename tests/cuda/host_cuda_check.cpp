@@ -1,9 +1,10 @@
-// Small kernels, right and wrong, that show what host_cuda.h notices. Named on the command line; prints numbers.
-#include <cstdio>
-#include <string>
-
+// Small kernels, right and wrong, that show what host_cuda.h notices. Named on the command line; prints
+// numbers.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdio>
+#include <string>
 
 #include "cuda/launch.h"
 
@@ -46,8 +47,10 @@ __global__ void misses_barrier() {
 }
 
 __global__ void splits_warp() {
-  if (threadIdx.x < 16) __syncwarp();
-  else __shfl_xor_sync(0xffffffffu, 1, 1);
+  if (threadIdx.x < 16)
+    __syncwarp();
+  else
+    __shfl_xor_sync(0xffffffffu, 1, 1);
 }
 
 cudaError_t launch_sum(float* out, bool barriers) {
@@ -71,7 +74,8 @@ int main(int count, char** words) {
     error = lct::launch(warp_sums, 1, kThreads, 0, nullptr, static_cast<float*>(out));
     std::printf("%g %g\n", out[0], out[1]);
   } else if (what == "past_the_end") {
-    error = lct::launch(past_the_end, 1, kThreads, kThreads * sizeof(float), nullptr, static_cast<float*>(out));
+    error =
+        lct::launch(past_the_end, 1, kThreads, kThreads * sizeof(float), nullptr, static_cast<float*>(out));
   } else if (what == "misses_barrier") {
     error = lct::launch(misses_barrier, 1, kThreads, 0, nullptr);
   } else if (what == "splits_warp") {
