@@ -20,6 +20,7 @@ CASES = {
     (65, 132, 129): (1, "the first class count whose scratch lies in the workspace"),
     (9, 260, 300): (1, "several tiles of classes"),
     (20, 1030, 3): (3, "two blocks of columns in the weight gradient alone"),
+    (512, 3, 2): (3, "one chunk for each warp that folds, few enough rows that a lost one shows"),
     (16950, 1, 2): (1, "two tiles of rows in a chunk, and a chunk of one"),
 }
 
