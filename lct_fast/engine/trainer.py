@@ -17,7 +17,7 @@ from lct_fast import codecs
 from lct_fast.engine.exits import Evaluation, evaluate
 from lct_fast.engine.group import Group, exit_module, join
 from lct_fast.engine.meter import Meter
-from lct_fast.methods import Backprop, Method, Objective, Slot
+from lct_fast.methods import Method, Objective, Slot
 from lct_fast.methods.method import OptimizerFactory
 from lct_fast.methods.objective import LossFunction
 
@@ -144,7 +144,7 @@ class Trainer:
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
         self.method = method
-        self.groups = [join(list(groups))] if isinstance(method, Backprop) else list(groups)
+        self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
         self.codec = codecs.build(codec)
         self.feedback_delay = feedback_delay

@@ -64,7 +64,7 @@ class Method:
     name: str
     # The next group's per-sample loss travels back over each cut.
     uses_feedback = False
-    # Every group but the last has a head of its own.
+    # Every group but the last has a head of its own; without, the engine joins all groups into one.
     uses_critics = True
     # The critic's parameters belong to the group's optimiser.
     joint_optimizer = True
@@ -89,8 +89,11 @@ class Method:
         keep_slot: bool = False,
         span: Span = no_span,
     ) -> LocalStep:
-        """Forward, local loss, local backward of one group on one batch; no gradient leaves the group."""
-        raise TypeError(f"{type(self).__name__} has no local step")
+        """Forward, local loss, local backward of one group on one batch; no gradient leaves the group.
+
+        Unless a method says otherwise, layers and head learn together from the head's own loss.
+        """
+        return joint_step(group, x, target, objective, scale, span=span)
 
     def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor) -> None:
         """Add the critic's gradients, now that the next group's loss [N] on the same batch is known."""
