@@ -180,6 +180,8 @@ def write_ninja(path: Path, output: Path) -> None:
             ninja.build(f"{name}.o", "cxx", ninja_syntax.escape_path(str(source)), variables={"flags": flags})
 
         compile_cxx(CSRC / "bindings.cpp", "bindings", [*python, *info])
+        for source in sorted((CSRC / "bindings").glob("*.cpp")):
+            compile_cxx(source, f"bindings.{source.stem}", python)
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.stem.endswith("_simd"):
                 for level, flags in levels.items():
