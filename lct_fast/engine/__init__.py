@@ -1,7 +1,19 @@
-"""The engine: groups, what crosses between them, and the loop that trains them. It knows no formula."""
+"""The engine: groups, what crosses between them, and the schedules that train them. It knows no formula."""
 
+from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, PacketError, PeerError
 from lct_fast.engine.group import Group
 from lct_fast.engine.split import split
-from lct_fast.engine.trainer import NonFiniteError, OutOfMemoryError, Stats, Trainer
+from lct_fast.engine.stats import Mark, Stats
+from lct_fast.engine.trainer import Trainer
 
-__all__ = ["Group", "NonFiniteError", "OutOfMemoryError", "Stats", "Trainer", "split"]
+__all__ = [
+    "Group",
+    "Mark",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "PacketError",
+    "PeerError",
+    "Stats",
+    "Trainer",
+    "split",
+]

@@ -1,6 +1,10 @@
-"""Checkpoints: safetensors and JSON, one file a group, a manifest of hashes; a checkpoint exists once it is renamed.
+"""Checkpoints: safetensors and JSON, two files a group, a manifest of hashes; a checkpoint exists once it is renamed.
 
-step-00000120/group-1.safetensors ... rng.safetensors manifest.json
+step-00000120/group-1.safetensors group-1.json ... rng.safetensors manifest.json
+
+A group's files hold its weights, optimisers, schedulers, random state, the slots its critic has yet to learn from, and
+the losses it owes the group before it. They are cut behind one batch and say nothing of processes, so a run may go on
+under another schedule.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lct_fast.engine.trainer import Pending, Trainer, Worker
+from lct_fast.engine.trainer import Trainer
+from lct_fast.engine.worker import Pending, Worker
 from lct_fast.methods import Slot
 
-FORMAT = 1
+FORMAT = 2
+_COUNTERS = ("wire_bytes", "raw_bytes", "feedback_bytes")
 
 
 class CheckpointError(ValueError):
@@ -35,44 +41,30 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(trainer: Trainer, folder: Path, extra: dict[str, Any], keep: int = 2) -> Path:
-    """Writes the state of ``trainer`` (and ``extra``, JSON) as ``folder/step-N``; older ones beyond ``keep`` go.
+def save(trainer: Trainer, folder: Path, extra: dict[str, Any] | None = None, keep: int = 2) -> Path:
+    """Writes the state of ``trainer`` as ``folder/step-N``; older ones beyond ``keep`` go.
 
-    Weights, optimisers, schedulers, feedback in flight, counters and random states are saved. A crash or a full
-    disk on the way leaves earlier checkpoints whole.
+    A crash or a full disk on the way leaves earlier checkpoints whole. Over processes each calls it at the same mark
+    of the stream, with one folder on a shared file system: the first group's process begins the checkpoint, the last
+    group's completes it, with its ``extra`` (JSON).
     """
+    trainer.settle()
     final = folder / f"step-{trainer.batch:08d}"
     partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        described = []
-        for k, worker in enumerate(trainer.workers, 1):
-            tensors, description = _pack_worker(worker)
-            save_file(tensors, partial / f"group-{k}.safetensors")
-            described.append(description)
-        save_file(_random_states(), partial / "rng.safetensors")
-        manifest = {
-            "format": FORMAT,
-            "batch": trainer.batch,
-            "method": trainer.method.name,
-            "groups": described,
-            "meter": {n: getattr(trainer.meter, n) for n in _COUNTERS},
-            "extra": extra,
-            "sha256": {p.name: _sha256(p) for p in sorted(partial.iterdir())},
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest))
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        _sync(folder)
+        if trainer.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        for worker in trainer.workers:
+            _write_group(worker, partial)
+        if trainer.last:
+            _complete(trainer, partial, final, extra or {})
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    if trainer.last:
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
     return final
 
 
@@ -87,21 +79,30 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} was made by method {manifest['method']!r}, this run uses {trainer.method.name!r}"
         )
-    found, expected = [g["units"] for g in manifest["groups"]], [w.group.units for w in trainer.workers]
+    found, expected = manifest["units"], [g.units for g in trainer.groups]
     if found != expected:
         raise CheckpointError(
             f"{path} is a checkpoint of another model or split: expected groups starting at "
             f"{[u[0] for u in expected if u]}, got {[u[0] for u in found if u]}; use the run's own config.yaml"
         )
-    files = [_read(path, f"group-{k}.safetensors", manifest) for k in range(1, len(expected) + 1)]
-    rng = _read(path, "rng.safetensors", manifest)
-    for k, (worker, tensors) in enumerate(zip(trainer.workers, files, strict=True), 1):
-        _check_state(path, k, worker, tensors)
-    for worker, tensors, description in zip(trainer.workers, files, manifest["groups"], strict=True):
-        _unpack_worker(worker, tensors, description)
+    read = {}
+    for worker in trainer.workers:
+        # The group behind keeps the losses that this one's critic is owed.
+        for k in (worker.index, worker.index + 1):
+            if k < len(expected) and k not in read:
+                read[k] = _read_group(path, k, manifest)
+        _check_state(path, worker, read[worker.index][0])
+    rng = _read(path, "rng.safetensors", manifest["sha256"].get("rng.safetensors"))
+    for worker in trainer.workers:
+        _unpack_worker(worker, *read[worker.index])
+        if worker.pending:
+            owed = dict(_unpack(read[worker.index + 1][1]["owed"], read[worker.index + 1][0]))
+            for pending in worker.pending:
+                if pending.batch not in owed:
+                    raise CheckpointError(f"{path} lacks the feedback of batch {pending.batch}")
+                pending.next_loss = owed[pending.batch].to(worker.device)
     trainer.batch = manifest["batch"]
-    for name in _COUNTERS:
-        setattr(trainer.meter, name, manifest["meter"][name])
+    trainer.meter.samples = manifest["samples"]
     _restore_random_states(rng)
     return manifest["extra"]
 
@@ -109,11 +110,44 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
 def load_weights(trainer: Trainer, path: Path) -> dict[str, Any]:
     """As ``load``, weights and buffers only: for evaluation and export."""
     manifest = read_manifest(path)
-    for k, worker in enumerate(trainer.workers, 1):
-        tensors = _read(path, f"group-{k}.safetensors", manifest)
-        _check_state(path, k, worker, tensors)
+    for worker in trainer.workers:
+        tensors, _ = _read_group(path, worker.index, manifest)
+        _check_state(path, worker, tensors)
         worker.group.load_state_dict(_part(tensors, "group."))
     return manifest["extra"]
+
+
+def _write_group(worker: Worker, folder: Path) -> None:
+    """group-k.safetensors, then group-k.json with its hash."""
+    tensors, description = _pack_worker(worker)
+    file = folder / f"group-{worker.index + 1}.safetensors"
+    save_file(tensors, file)
+    _sync(file)
+    text = file.with_suffix(".json")
+    text.write_text(json.dumps(description | {"sha256": _sha256(file)}))
+    _sync(text)
+
+
+def _complete(trainer: Trainer, partial: Path, final: Path, extra: dict[str, Any]) -> None:
+    save_file(_random_states(), partial / "rng.safetensors")
+    _sync(partial / "rng.safetensors")
+    named = [*(f"group-{k}.json" for k in range(1, len(trainer.groups) + 1)), "rng.safetensors"]
+    manifest = {
+        "format": FORMAT,
+        "batch": trainer.batch,
+        "method": trainer.method.name,
+        "units": [g.units for g in trainer.groups],
+        "samples": trainer.meter.samples,
+        "extra": extra,
+        "sha256": {name: _sha256(partial / name) for name in named},
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest))
+    for path in (partial / "manifest.json", partial):
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _sync(final.parent)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -135,33 +169,43 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-_COUNTERS = ("samples", "wire_bytes", "raw_bytes", "feedback_bytes", "steps")
-
-
-def _read(path: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
+def _read(path: Path, name: str, sha256: str | None) -> dict[str, Tensor]:
+    """The tensors of a file whose hash must be ``sha256``."""
     file = path / name
-    try:
-        digest = _sha256(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: use an older checkpoint") from None
-    if digest != manifest["sha256"].get(name):
-        raise CheckpointError(
-            f"{file} is damaged (its SHA-256 is not the manifest's): use an older checkpoint"
-        )
+    _check_hash(file, sha256)
     try:
         return load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}): use an older checkpoint") from None
 
 
-def _check_state(path: Path, k: int, worker: Worker, tensors: dict[str, Tensor]) -> None:
+def _read_group(path: Path, index: int, manifest: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of one group, hashes checked."""
+    file = path / f"group-{index + 1}.json"
+    _check_hash(file, manifest["sha256"].get(file.name))
+    description = json.loads(file.read_text())
+    return _read(path, f"group-{index + 1}.safetensors", description["sha256"]), description
+
+
+def _check_hash(file: Path, sha256: str | None) -> None:
+    try:
+        digest = _sha256(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: use an older checkpoint") from None
+    if digest != sha256:
+        raise CheckpointError(
+            f"{file} is damaged (its SHA-256 is not the one noted): use an older checkpoint"
+        )
+
+
+def _check_state(path: Path, worker: Worker, tensors: dict[str, Tensor]) -> None:
     saved = {n: tuple(t.shape) for n, t in _part(tensors, "group.").items()}
     wanted = {n: tuple(t.shape) for n, t in worker.group.state_dict().items()}
     if saved != wanted:
         odd = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
         raise CheckpointError(
-            f"{path} is a checkpoint of another model: group {k}, {odd[0]}: expected {wanted.get(odd[0], 'nothing')}, "
-            f"got {saved.get(odd[0], 'nothing')}; use the run's own config.yaml"
+            f"{path} is a checkpoint of another model: group {worker.index + 1}, {odd[0]}: expected "
+            f"{wanted.get(odd[0], 'nothing')}, got {saved.get(odd[0], 'nothing')}; use the run's own config.yaml"
         )
 
 
@@ -181,6 +225,9 @@ def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     description["pending"] = [
         _pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.pending)
     ]
+    description["owed"] = _pack(list(worker.owed), "owed", tensors)
+    description["random"] = _pack(worker.random.state, "random", tensors)
+    description["meter"] = {name: getattr(worker.meter, name) for name in _COUNTERS}
     return {n: t.detach().contiguous().clone() for n, t in tensors.items()}, description
 
 
@@ -194,13 +241,17 @@ def _unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict
     worker.pending.clear()
     for state in description["pending"]:
         worker.pending.append(_pending(_unpack(state, tensors), worker.device))
+    owed = _unpack(description["owed"], tensors)
+    worker.owed = deque((batch, loss.to(worker.device)) for batch, loss in owed)
+    worker.random.state = _unpack(description["random"], tensors)
+    for name, value in description["meter"].items():
+        setattr(worker.meter, name, value)
 
 
 def _pending_state(pending: Pending) -> dict[str, Any]:
     slot = pending.slot
     return {
         "batch": pending.batch,
-        "next_loss": pending.next_loss,
         "u": slot.u,
         "dlogits": slot.dlogits,
         "loss": slot.loss,
@@ -217,7 +268,7 @@ def _pending(state: dict[str, Any], device: torch.device) -> Pending:
     slot = Slot(
         place(state["u"]), place(state["dlogits"]), place(state["loss"]), place(state["scale"]), layers
     )
-    return Pending(state["batch"], slot, place(state["next_loss"]))
+    return Pending(state["batch"], slot)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

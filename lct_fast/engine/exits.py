@@ -65,20 +65,29 @@ def collect(groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]]) -
     return [torch.cat(p) for p in parts], torch.cat(labels)
 
 
-def evaluate(
-    groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]], objective: Objective
-) -> Evaluation:
-    """Loss and accuracy of every exit."""
-    logits, labels = collect(groups, batches)
-    scale = objective.scale(labels)
-    loss = [float(objective.per_sample(z, labels).sum() * scale) for z in logits]
-    return Evaluation(len(labels), loss, [accuracy(z, labels) for z in logits])
+def score(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """(sum of losses, correct predictions, rows that carry a loss, rows): a float64 tensor [4]; sums over batches."""
+    loss = objective.per_sample(logits, labels).double().sum()
+    correct = (logits.argmax(1) == _hard(labels)).sum()
+    rows = torch.full_like(correct, len(labels))
+    return torch.stack([loss, correct, objective.counted(labels), rows])
+
+
+def summed(scores: Tensor) -> Evaluation:
+    """The evaluation of exits whose scores [K, 4] were summed over all batches."""
+    if not scores[0, 3]:
+        raise ValueError("evaluation: expected at least one batch, got none")
+    loss, correct, counted, rows = scores.cpu().unbind(1)
+    return Evaluation(int(rows[0]), (loss / counted.clamp(min=1)).tolist(), (correct / rows).tolist())
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Fraction of rows whose largest logit is the label's (soft labels: their largest)."""
-    hard = labels.argmax(1) if labels.is_floating_point() else labels
-    return float((logits.argmax(1) == hard).double().mean())
+    return float((logits.argmax(1) == _hard(labels)).double().mean())
+
+
+def _hard(labels: Tensor) -> Tensor:
+    return labels.argmax(1) if labels.is_floating_point() else labels
 
 
 def progressive(logits: Sequence[Tensor], labels: Tensor, threshold: float) -> Progressive:

@@ -1,93 +1,222 @@
-"""Where a step's time and bytes go."""
+"""Where time and bytes go, group by group."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 # A critic's own forward, backward and update, everything plain back-propagation would not do.
-_CRITIC_SPANS = ("critic", "critic update")
+CRITIC = ("critic", "critic update")
+# Idle, each named for what was missing: the group before's output, room in the link, the group behind's loss.
+WAITS = ("wait for input", "wait for room", "wait for feedback")
+# The first tick warms up and, in a pipeline, waits for the groups before to begin.
+WARM_UP = 1
 
 
-class Meter:
-    """Times named spans of each group and counts bytes.
+class Event(NamedTuple):
+    """A span for the trace; ``row`` is "compute" or the name of a link's end; seconds of the process's clock."""
+
+    row: str
+    name: str
+    start: float
+    end: float
+    batch: int
+
+
+class Tick(NamedTuple):
+    """One batch of one group: seconds from its start to its end, and how they were spent.
+
+    ``exposed`` is the part of the wait for input during which the input was already on its way.
+    """
+
+    batch: int
+    seconds: float
+    busy: float
+    critic: float
+    input: float
+    room: float
+    feedback: float
+    exposed: float
+
+
+class _Span:
+    """A context manager that charges its time to a name; cheaper than one made of a generator."""
+
+    __slots__ = ("meter", "name", "start")
+
+    def __init__(self, meter: GroupMeter, name: str) -> None:
+        self.meter, self.name = meter, name
+
+    def __enter__(self) -> _Span:
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.meter.add(self.name, self.start, time.perf_counter())
+
+
+@dataclass
+class GroupMeter:
+    """Times named spans of one group and counts its bytes, tick by tick.
 
     Host clock: on a CUDA device spans are the time to launch, so shares of time are only given for CPU runs.
 
     Args:
-        groups: number of groups.
-        trace_steps: how many of the first steps (after the very first, which warms up) the trace keeps.
+        index: number of the group, from 0.
+        last: whether its head is the network's own.
+        trace_ticks: how many ticks after the warm-up the trace keeps.
+
+    Attributes:
+        seconds: per name of span, over all ticks but the warm-up.
+        ticks: the latest 1,000.
+        wire_bytes, raw_bytes: sent forward, and what fp32 would have been. feedback_bytes: received from behind.
     """
 
-    def __init__(self, groups: int, trace_steps: int = 20) -> None:
-        self.groups = groups
-        self.trace_steps = trace_steps
-        self.steps = 0
+    index: int
+    last: bool = False
+    trace_ticks: int = 20
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    exposed: float = 0.0
+    ticks: deque[Tick] = field(default_factory=lambda: deque(maxlen=1000))
+    count: int = 0
+    total: float = 0.0
+    wire_bytes: int = 0
+    raw_bytes: int = 0
+    feedback_bytes: int = 0
+    events: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._here: dict[str, float] = defaultdict(float)
+        self._exposed = 0.0
+        self._start = 0.0
+        self._batch = 0
+
+    def span(self, name: str) -> _Span:
+        """Charges the time inside to ``name``."""
+        if self.last and name in CRITIC:
+            name = "head"
+        return _Span(self, name)
+
+    def begin(self, batch: int) -> None:
+        """A tick begins: the group turns to ``batch``."""
+        self._here.clear()
+        self._exposed = 0.0
+        self._batch = batch
+        self._start = time.perf_counter()
+
+    def end(self) -> None:
+        """The tick is over."""
+        now = time.perf_counter()
+        here = self._here
+        waits = [here.get(name, 0.0) for name in WAITS]
+        critic = sum(here.get(name, 0.0) for name in CRITIC)
+        busy = sum(here.values()) - sum(waits)
+        seconds = now - self._start
+        self.count += 1
+        if self.count <= WARM_UP:
+            return
+        self.ticks.append(Tick(self._batch, seconds, busy, critic, *waits, self._exposed))
+        self.total += seconds
+        self.exposed += self._exposed
+        for name, value in here.items():
+            self.seconds[name] += value
+
+    def add(self, name: str, start: float, end: float) -> None:
+        """Charges the time from ``start`` to ``end`` to ``name``."""
+        self._here[name] += end - start
+        self.trace(Event("compute", name, start, end, self._batch))
+
+    def add_exposed(self, seconds: float) -> None:
+        """That much of the wait for input was transfer."""
+        self._exposed += seconds
+
+    def trace(self, event: Event) -> None:
+        """Keeps an event, if it is early enough. Links call this from threads of their own."""
+        if WARM_UP <= self.count < WARM_UP + self.trace_ticks:
+            self.events.append(event)
+
+    @property
+    def busy(self) -> float:
+        """Seconds of all spans but waits."""
+        return sum(s for name, s in self.seconds.items() if name not in WAITS)
+
+    @property
+    def waiting(self) -> float:
+        """Seconds of all waits."""
+        return sum(self.seconds[name] for name in WAITS if name in self.seconds)
+
+    @property
+    def critic(self) -> float:
+        """Seconds in the critic, its update included."""
+        return sum(self.seconds[name] for name in CRITIC if name in self.seconds)
+
+    def timed(self) -> int:
+        """Ticks that ``seconds`` covers."""
+        return max(self.count - WARM_UP, 0)
+
+
+class Meter:
+    """A run's meter: the meters of its groups, of this process or gathered from all.
+
+    Args:
+        groups: one a group, in order.
+    """
+
+    def __init__(self, groups: Sequence[GroupMeter]) -> None:
+        self.groups = list(groups)
         self.samples = 0
-        self.wire_bytes = 0
-        self.raw_bytes = 0
-        self.feedback_bytes = 0
-        self.busy: dict[str, float] = defaultdict(float)
         self.step_seconds: deque[float] = deque(maxlen=1000)
-        self._events: list[dict[str, object]] = []
-        self._origin = time.perf_counter()
 
-    @contextmanager
-    def span(self, group: int, name: str) -> Iterator[None]:
-        """Charges the time inside to ``name`` of group ``group`` (from 0)."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            end = time.perf_counter()
-            # The last group's head is the network's own.
-            own = name if group < self.groups - 1 or name not in _CRITIC_SPANS else "head"
-            self.busy[own] += end - start
-            if 0 < self.steps <= self.trace_steps:
-                self._events.append(
-                    {
-                        "name": own,
-                        "cat": "group",
-                        "ph": "X",
-                        "pid": 0,
-                        "tid": group + 1,
-                        "ts": round((start - self._origin) * 1e6, 1),
-                        "dur": round((end - start) * 1e6, 1),
-                        "args": {"batch": self.steps},
-                    }
-                )
+    @property
+    def wire_bytes(self) -> int:
+        return sum(g.wire_bytes for g in self.groups)
 
-    @contextmanager
-    def step(self, samples: int) -> Iterator[None]:
-        """One batch of ``samples``."""
-        start = time.perf_counter()
-        yield
-        self.step_seconds.append(time.perf_counter() - start)
-        self.steps += 1
-        self.samples += samples
+    @property
+    def raw_bytes(self) -> int:
+        return sum(g.raw_bytes for g in self.groups)
 
-    def critic_tax(self) -> float | None:
-        """Share of busy time spent in critics; None before the first step."""
-        total = sum(self.busy.values())
-        return sum(self.busy[s] for s in _CRITIC_SPANS) / total if total else None
-
-    def step_seconds_median(self) -> float | None:
-        """Median seconds of the last 1,000 steps."""
-        return median(self.step_seconds) if self.step_seconds else None
+    @property
+    def feedback_bytes(self) -> int:
+        return sum(g.feedback_bytes for g in self.groups)
 
     def per_sample(self, count: int) -> float:
         """``count`` divided by the samples seen."""
         return count / self.samples if self.samples else 0.0
 
-    def write_trace(self, path: Path) -> None:
-        """Writes the spans as a Chrome trace (opens in Perfetto): one process, one row a group."""
-        names = [
-            {"name": "thread_name", "ph": "M", "pid": 0, "tid": k + 1, "args": {"name": f"group {k + 1}"}}
-            for k in range(self.groups)
-        ]
-        path.write_text(json.dumps({"traceEvents": [*names, *self._events], "displayTimeUnit": "ms"}))
+    def step_seconds_median(self) -> float | None:
+        """Median seconds from one finished batch to the next, over the latest 1,000."""
+        return median(self.step_seconds) if self.step_seconds else None
+
+    def critic_tax(self) -> float | None:
+        """Share of busy time spent in critics; None before the second tick."""
+        busy = sum(g.busy for g in self.groups)
+        return sum(g.critic for g in self.groups) / busy if busy else None
+
+    def imbalance(self) -> float | None:
+        """Busy seconds a tick of the slowest group over the mean of all, less 1."""
+        if not all(g.timed() for g in self.groups):
+            return None
+        busy = [g.busy / g.timed() for g in self.groups]
+        return max(busy) * len(busy) / sum(busy) - 1
+
+    def bubble_fraction(self) -> float | None:
+        """Share of the groups' time spent waiting, transfers that nothing hides left out. For pipelined runs."""
+        total = sum(g.total for g in self.groups)
+        return sum(g.waiting - g.exposed for g in self.groups) / total if total else None
+
+    def exposed_transfer_fraction(self) -> float | None:
+        """Share of the groups' time spent waiting for an input that was on its way. For pipelined runs."""
+        total = sum(g.total for g in self.groups)
+        return sum(g.exposed for g in self.groups) / total if total else None
+
+    def efficiency(self) -> float | None:
+        """Share of the groups' time spent on what plain back-propagation would do too.
+
+        An estimate of eta = T_1 / (K T_K) from inside the run: busy seconds, critics left out, over all seconds.
+        """
+        total = sum(g.total for g in self.groups)
+        return sum(g.busy - g.critic for g in self.groups) / total if total else None

@@ -1,84 +1,32 @@
-"""The training loop over groups, lockstep: one process, one batch through all groups."""
+"""The trainer: groups, what trains each of them, and the schedule they run by."""
 
 from __future__ import annotations
 
-import re
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lct_fast import codecs
-from lct_fast.engine.exits import Evaluation, evaluate
+from lct_fast.engine.batch_check import check_batch
+from lct_fast.engine.exits import Evaluation, summed
 from lct_fast.engine.group import Group, exit_module, join
+from lct_fast.engine.lockstep import Lockstep
 from lct_fast.engine.meter import Meter
-from lct_fast.methods import Method, Objective, Slot
+from lct_fast.engine.ranks import Ranks
+from lct_fast.engine.stage import DEPTH, Stage
+from lct_fast.engine.stats import Event, Stats
+from lct_fast.engine.ticks import Ticks
+from lct_fast.engine.worker import SchedulerFactory, Settings, Worker
+from lct_fast.methods import Method, Objective
 from lct_fast.methods.method import OptimizerFactory
 from lct_fast.methods.objective import LossFunction
 
-SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-
-
-class NonFiniteError(ValueError):
-    """A loss or an input is NaN or infinite; raised before the group's update."""
-
-
-class OutOfMemoryError(RuntimeError):
-    """A group did not fit the device's memory."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """What one step did. ``losses`` [K] is the mean loss of each exit, on the device; ``.tolist()`` waits for it."""
-
-    batch: int
-    losses: Tensor
-    wire_bytes: int
-    in_flight: int
-
-
-@dataclass(slots=True)
-class Pending:
-    """A batch whose feedback has not been applied yet."""
-
-    batch: int
-    slot: Slot
-    next_loss: Tensor
-
-
-@dataclass(slots=True)
-class Worker:
-    """One group with what updates it."""
-
-    group: Group
-    device: torch.device
-    optimizer: torch.optim.Optimizer | None
-    critic_optimizer: torch.optim.Optimizer | None
-    schedulers: list[torch.optim.lr_scheduler.LRScheduler]
-    pending: deque[Pending]
-    # The layers as they run: compiled, or the group's own.
-    forward: nn.Module
-
-    @property
-    def layers(self) -> nn.Module:
-        return self.forward
-
-    @property
-    def critic(self) -> Any:
-        return self.group.critic
-
-    @property
-    def last(self) -> bool:
-        return self.group.last
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for g in self.optimizer.param_groups for p in g["params"]] if self.optimizer else []
+SCHEDULES = ("lockstep", "pipelined")
+# With this delay feedback comes before it is due, however far a link lets a group run ahead.
+PIPELINED_DELAY = DEPTH + 1
 
 
 def _sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -88,16 +36,40 @@ def _sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 class Trainer:
     """Trains the groups of ``lct.split`` on batches, one call of ``step`` a batch.
 
+    In one process, with either schedule::
+
+        for x, y in loader:
+            stats = trainer.step(x, y)
+        trainer.flush()
+
+    Pipelined over processes (one a group; torch.distributed initialised), the first group's process drives and the
+    others follow::
+
+        if trainer.first:
+            for x, y in loader:
+                trainer.step(x, y)
+            trainer.flush()
+            trainer.stop()
+        else:
+            for event in trainer.events():   # Stats, with all losses in the last group's process
+                ...
+        net = trainer.gather()               # the whole network, in every process
+
     Args:
         groups: what ``lct.split`` returned.
         method: ``LocalCritic()``, ``Greedy()`` or ``Backprop()``; the last joins all groups into one.
         codec: what crosses each cut: a name of ``lct.codecs``.
-        devices: group k runs on ``devices[k * len(devices) // K]``; default: where the model is.
+        devices: group k runs on ``devices[k * len(devices) // K]``; default: where the model is. Over processes: the
+            one device of this process.
         num_classes: checked against the model's output when given.
         optimizer: factory ``params -> torch.optim.Optimizer`` for each group; default SGD 0.1, Nesterov 0.9,
             weight decay 5e-4 (arXiv 2102.01963).
         scheduler: factory ``optimizer -> LR scheduler`` for each group's optimiser, stepped once an update.
-        feedback_delay: critic k learns from batch t after group k's update on batch t + d.
+        schedule: "lockstep", one batch through all groups; or "pipelined", group k on batch t - k at tick t, over
+            processes if torch.distributed is initialised with more than one, else in this one.
+        feedback_delay: critic k learns from batch t after group k's update on batch t + d. Default 0 in lockstep and 3
+            pipelined; pipelined it is at least 1, and below 3 groups may wait for it. With the same delay, pipelined
+            and lockstep give the same bits.
         accumulate: batches to an update.
         clip_norm: largest gradient norm of a group, clipped group by group.
         loss: a loss of one's own, ``loss(logits, target) -> [N]``; default cross-entropy with integer labels or
@@ -106,6 +78,11 @@ class Trainer:
         autocast: ``torch.bfloat16`` to run layers and critics under autocast.
         compile: run each group's layers through ``torch.compile``.
         channels_last: keep 4-d tensors in channels-last memory.
+
+    Attributes:
+        groups: all groups; over processes, only this process's is trained here.
+        workers: the groups trained in this process.
+        first, last: whether this process trains the first, the last group.
 
     Raises:
         ValueError: an argument that does not fit, in one line.
@@ -121,7 +98,8 @@ class Trainer:
         num_classes: int | None = None,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
-        feedback_delay: int = 0,
+        schedule: str = "lockstep",
+        feedback_delay: int | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
         loss: LossFunction | None = None,
@@ -137,8 +115,18 @@ class Trainer:
             raise ValueError(
                 f"num_classes={num_classes}, but the model's output has {self.num_classes} classes"
             )
-        if feedback_delay < 0:
-            raise ValueError(f"feedback_delay: expected an integer >= 0, got {feedback_delay}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}; got {schedule!r}")
+        pipelined = schedule == "pipelined"
+        if pipelined and not method.uses_critics:
+            raise ValueError(
+                f"{method.name} has no pipelined schedule here: use torch.distributed.pipelining, or a method whose "
+                f"groups learn on their own"
+            )
+        if feedback_delay is None:
+            feedback_delay = PIPELINED_DELAY if pipelined else 0
+        if feedback_delay < int(pipelined):
+            raise ValueError(f"feedback_delay: expected an integer >= {int(pipelined)}, got {feedback_delay}")
         if accumulate < 1:
             raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
         if autocast not in (None, torch.bfloat16):
@@ -146,44 +134,50 @@ class Trainer:
         self.method = method
         self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
+        self.schedule = schedule
         self.codec = codecs.build(codec)
-        self.feedback_delay = feedback_delay
-        self.accumulate = accumulate
-        self.clip_norm = clip_norm
         self.objective = Objective(loss, ignore_index)
-        self.autocast = autocast
-        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.batch = 0
-        self.meter = Meter(len(self.groups))
+        self.settings = Settings(
+            method=method,
+            objective=self.objective,
+            optimizer=optimizer or _sgd,
+            scheduler=scheduler,
+            feedback_delay=feedback_delay,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            autocast=autocast,
+            compile=compile,
+            memory_format=torch.channels_last if channels_last else torch.preserve_format,
+        )
+        count = len(self.groups)
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
+        seed = torch.initial_seed()
+        self.ranks: Ranks | None = None
+        if pipelined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.ranks = Ranks.join([g.units for g in self.groups], places[0])
+        mine = range(count) if self.ranks is None else (self.ranks.rank,)
         self.workers = [
-            self._worker(
-                g, places[k * len(places) // len(self.groups)], optimizer or _sgd, scheduler, compile
-            )
-            for k, g in enumerate(self.groups)
+            Worker(k, self.groups[k], places[k * len(places) // count], self.settings, seed) for k in mine
         ]
+        self._run: Lockstep | Ticks | Stage
+        if self.ranks is not None:
+            self._run = Stage(self.workers[0], self.ranks, self.codec)
+        else:
+            self._run = (Ticks if pipelined else Lockstep)(self.workers, self.codec)
+        self.first, self.last = mine[0] == 0, mine[-1] == count - 1
+        self.meter = Meter([w.meter for w in self.workers])
 
-    def _worker(
-        self,
-        group: Group,
-        device: torch.device,
-        optimizer: OptimizerFactory,
-        scheduler: SchedulerFactory | None,
-        compiled: bool,
-    ) -> Worker:
-        group.to(device=device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        joint = self.method.joint_optimizer or group.last
-        params = [p for p in (group if joint else group.layers).parameters() if p.requires_grad]
-        main = optimizer(params) if params else None
-        critic_optimizer = None
-        if not joint and self.method.critic_optimizer is not None:
-            critic_optimizer = self.method.critic_optimizer(group.critic.parameters())
-        schedulers = [scheduler(main)] if scheduler and main else []
-        forward = torch.compile(group.layers) if compiled else group.layers
-        return Worker(group, device, main, critic_optimizer, schedulers, deque(), forward)  # type: ignore[arg-type]
+    @property
+    def batch(self) -> int:
+        """Number of the next batch that group 1, or this process's group, takes."""
+        return self._run.batch
+
+    @batch.setter
+    def batch(self, value: int) -> None:
+        self._run.batch = value
 
     def step(self, x: Tensor, y: Tensor) -> Stats:
-        """Train every group on one batch.
+        """Train on one batch. Over processes, called in the first group's.
 
         Args:
             x: the model's input, [N, ...], floating point or token ids.
@@ -193,172 +187,111 @@ class Trainer:
             ValueError: shapes or labels that do not fit.
             NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated.
             OutOfMemoryError: names the group.
+            PeerError: another group's process has gone.
         """
-        self._check_batch(x, y)
-        with self.meter.step(len(x)):
-            return self._step(x, y)
+        if not self.first:
+            raise RuntimeError("step belongs to the first group's process: follow it with `for event in events()`")
+        check_batch(x, y, self.batch, self.num_classes, self.objective)
+        start = time.perf_counter()
+        stats = self._run.step(x, y)
+        self.meter.step_seconds.append(time.perf_counter() - start)
+        self.meter.samples += len(x)
+        return stats
 
-    def _step(self, x: Tensor, y: Tensor) -> Stats:
-        t = self.batch
-        update, updates_now = t // self.accumulate, (t + 1) % self.accumulate == 0
-        keep = self.method.uses_feedback and self.method.wants_feedback(update)
-        losses: list[Tensor] = []
-        sent = 0
-        previous: tuple[Worker, Slot] | None = None
-        h = x
-        for k, worker in enumerate(self.workers):
-            span = partial(self.meter.span, k)
-            h = h.to(
-                worker.device, memory_format=self.memory_format if h.dim() == 4 else torch.preserve_format
-            )
-            target = y.to(worker.device)
-            scale = self.objective.scale(target, self.accumulate)
-            worker.group.train()
-            version = h._version
-            try:
-                with self._autocast(worker.device):
-                    result = self.method.local_step(
-                        worker, h, target, self.objective, scale, keep_slot=keep, span=span
-                    )
-            except RuntimeError as error:
-                if _out_of_memory(error):
-                    raise OutOfMemoryError(
-                        f"group {k + 1} ran out of memory at batch {t} of {len(x)} samples ({_first_line(error)}): "
-                        f"use a smaller batch, accumulation, or more groups"
-                    ) from None
-                raise
-            if h._version != version:
-                raise RuntimeError(
-                    f"group {k + 1} changed its input in place ({worker.group.units[0]}): what crosses a cut is "
-                    f"shared, use inplace=False in the first layer after it"
-                )
-            self._check_finite(k, worker, result.loss)
-            if updates_now:
-                with span("optimizer"):
-                    self._update(worker)
-            if previous is not None:
-                self._queue(previous[0], t, previous[1], result.loss)
-            previous = (worker, result.slot) if result.slot is not None else None
-            losses.append(result.loss.detach())
-            if not worker.last:
-                with span("encode"):
-                    packet = self.codec.encode(result.h)
-                    sent += packet.numel() * packet.element_size()
-                    self.meter.raw_bytes += result.h.numel() * 4
-                    h = self.codec.decode(packet, result.h.dtype)
-        self.batch += 1
-        for k, worker in enumerate(self.workers):
-            self._apply_feedback(k, worker, t - self.feedback_delay)
-            if updates_now and worker.critic_optimizer is not None:
-                self._update_critic(k, worker, t)
-        self.meter.wire_bytes += sent
-        in_flight = max((len(w.pending) for w in self.workers), default=0)
-        means = [self._mean(loss, y) for loss in losses]
-        return Stats(t, torch.stack(means), sent, in_flight)
+    def events(self) -> Iterator[Event]:
+        """Follows the first group's process to its ``stop``: yields a ``Stats`` a batch, ``Mark``s, and in the last
+        group's process ``Evaluation``s.
 
-    def _mean(self, loss: Tensor, y: Tensor) -> Tensor:
-        counted = self.objective.scale(y.to(loss.device))
-        return (loss.sum() * counted).to(self.workers[0].device)
+        Raises:
+            NonFiniteError, OutOfMemoryError, PeerError: as ``step``.
+        """
+        stage = self._stage("events")
+        if stage.first:
+            raise RuntimeError("the first group's process drives: call step, evaluate, mark, flush and stop there")
+        before = time.perf_counter()
+        for event in stage.events():
+            yield event
+            if isinstance(event, Stats):
+                now = time.perf_counter()
+                self.meter.step_seconds.append(now - before)
+                before = now
 
-    def _update(self, worker: Worker) -> None:
-        if worker.optimizer is None:
-            return
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(worker.parameters, self.clip_norm)
-        worker.optimizer.step()
-        worker.optimizer.zero_grad(set_to_none=True)
-        for scheduler in worker.schedulers:
-            scheduler.step()
+    def drain(self) -> list[Stats]:
+        """Pipelined in one process: lets every group catch up with the first; what that finished. Changes no result."""
+        return [] if isinstance(self._run, Stage) else self._run.drain()
 
-    def _queue(self, worker: Worker, batch: int, slot: Slot, next_loss: Tensor) -> None:
-        next_loss = next_loss.detach().to(worker.device)
-        self.meter.feedback_bytes += next_loss.numel() * next_loss.element_size()
-        worker.pending.append(Pending(batch, slot, next_loss))
-
-    def _apply_feedback(self, k: int, worker: Worker, through: int) -> None:
-        """Adds the critic's gradients of every pending batch up to ``through``."""
-        while worker.pending and worker.pending[0].batch <= through:
-            pending = worker.pending.popleft()
-            with self.meter.span(k, "critic update"):
-                self.method.critic_step(worker.critic, pending.slot, pending.next_loss)
-
-    def _update_critic(self, k: int, worker: Worker, batch: int) -> None:
-        """Critics update when the last batch of an accumulation has had its feedback."""
-        optimizer = worker.critic_optimizer
-        if optimizer is None or all(p.grad is None for p in worker.critic.parameters()):
-            return
-        with self.meter.span(k, "critic update"):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def settle(self) -> None:
+        """As ``drain``, and what it finished is told by the next ``drain``."""
+        if isinstance(self._run, Ticks):
+            self._run.finished = self._run.drain()
 
     def flush(self) -> None:
         """Applies the feedback still in flight. For the end of a run, not between epochs."""
-        for k, worker in enumerate(self.workers):
-            if worker.pending:
-                self._apply_feedback(k, worker, self.batch)
-                self._update_critic(k, worker, self.batch)
+        self._run.flush()
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-        """Loss and accuracy of every exit over ``batches`` of (x, y), in evaluation mode."""
-        return evaluate(self.groups, batches, self.objective)
+    def mark(self, code: int) -> None:
+        """Over processes: every other process gets ``Mark(batch, code)`` behind the batches so far."""
+        self._stage("mark").mark(code)
+
+    def stop(self) -> None:
+        """Over processes: the end of the stream; ``events`` ends everywhere."""
+        self._stage("stop").stop()
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The learning rate of every group's optimiser from the next batch on; critics keep theirs."""
+        if isinstance(self._run, Stage):
+            self._run.set_learning_rate(rate)
+            return
+        self.settle()
+        for worker in self.workers:
+            worker.set_learning_rate(rate)
+
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation | None:
+        """Loss and accuracy of every exit over ``batches`` of (x, y), in evaluation mode.
+
+        Over processes, called in the first group's, the result is an event of the last group's; here it is None.
+        """
+        if isinstance(self._run, Stage):
+            return self._run.evaluate(batches)
+        self.settle()
+        scores = torch.zeros(len(self.workers), 4, dtype=torch.float64)
+        for x, y in batches:
+            h = x
+            for k, worker in enumerate(self.workers):
+                h, score = worker.evaluate(worker.place(h), y.to(worker.device))
+                scores[k] += score.cpu()
+        for worker in self.workers:
+            worker.group.train()
+        return summed(scores)
 
     def module(self, exit: int | None = None) -> nn.Module:
         """The network, or its exit ``exit`` (1-based), as a plain module that shares the trained parameters.
 
-        None gives the user's own model. Exit k < K is groups 1..k and critic k.
+        None gives the user's own model. Exit k < K is groups 1..k and critic k. Over processes: see ``gather``.
         """
+        if self.ranks is not None:
+            raise RuntimeError("this process trains one group only: call gather() in all of them for the network")
+        self.settle()
         return exit_module(self.groups, len(self.groups) if exit is None else exit)
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+    def gather(self, exit: int | None = None) -> nn.Module:
+        """As ``module``, over processes: every process calls it after ``stop`` and gets the whole network."""
+        if self.ranks is not None:
+            for owner, group in enumerate(self.groups):
+                mine = owner == self.ranks.rank
+                for tensor in group.state_dict().values():
+                    values = tensor.detach().cpu().contiguous()
+                    dist.broadcast(values, owner, group=self.ranks.control)
+                    if not mine:
+                        tensor.copy_(values)
+                group.to(self.workers[0].device)
+        return exit_module(self.groups, len(self.groups) if exit is None else exit)
 
-    def _check_batch(self, x: Tensor, y: Tensor) -> None:
-        if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
-            raise ValueError(
-                f"expected inputs and targets of one batch, got {tuple(x.shape)} and {tuple(y.shape)}"
-            )
-        if len(x) == 0:
-            raise ValueError("expected at least one sample in the batch, got none")
-        # Before group 1 runs: its batch norm would take a bad input into its running statistics.
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-            raise NonFiniteError(
-                f"the input of batch {self.batch} holds NaN or Inf: nothing was updated; clean the data"
-            )
-        if self.objective.loss is not None:
-            return
-        if y.is_floating_point():
-            if y.dim() != 2 or y.shape[1] != self.num_classes:
-                raise ValueError(f"soft labels: expected [{len(x)}, {self.num_classes}], got {list(y.shape)}")
-        elif y.dtype != torch.int64 or y.dim() != 1:
-            raise ValueError(
-                f"labels: expected int64 [{len(x)}], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}"
-            )
-        else:
-            bad = (y != self.objective.ignore_index) & ((y < 0) | (y >= self.num_classes))
-            if bool(bad.any()):
-                raise ValueError(
-                    f"label out of range at batch {self.batch}: expected 0..{self.num_classes - 1} or "
-                    f"{self.objective.ignore_index} (ignored), got {int(y[bad][0])}; nothing was updated"
-                )
-
-    def _check_finite(self, k: int, worker: Worker, loss: Tensor) -> None:
-        if not bool(torch.isfinite(loss).all()):
-            worker.group.zero_grad()
-            raise NonFiniteError(
-                f"the loss of group {k + 1} at batch {self.batch} is NaN or Inf: the group was not updated; lower its "
-                f"learning rate and go on from the last checkpoint"
-            )
+    def _stage(self, name: str) -> Stage:
+        if not isinstance(self._run, Stage):
+            raise RuntimeError(f"{name} is for a pipelined run over processes; this one runs in one process")
+        return self._run
 
 
 def _device_of(group: Group) -> torch.device:
     return next((p.device for p in group.parameters()), torch.device("cpu"))
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or bool(
-        re.search("can't allocate memory|not enough memory", str(error))
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return re.sub(r"^\[enforce fail at [^\]]*\]\s*\.?\s*", "", str(error).splitlines()[0])

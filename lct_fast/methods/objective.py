@@ -42,10 +42,13 @@ class Objective:
 
     def scale(self, target: Tensor, divisor: int = 1) -> Tensor:
         """1 / (rows that count * divisor), a 0-dim fp32 tensor on the target's device."""
+        return 1.0 / (self.counted(target).clamp(min=1) * divisor).float()
+
+    def counted(self, target: Tensor) -> Tensor:
+        """Rows of ``target`` that carry a loss: a 0-dim int64 tensor on its device."""
         if target.is_floating_point():
-            return torch.full((), 1.0 / (max(len(target), 1) * divisor), device=target.device)
-        counted = (target != self.ignore_index).sum().clamp(min=1)
-        return 1.0 / (counted * divisor).float()
+            return torch.full((), len(target), dtype=torch.int64, device=target.device)
+        return (target != self.ignore_index).sum()
 
     def __call__(
         self,

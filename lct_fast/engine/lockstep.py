@@ -1,0 +1,69 @@
+"""Lockstep: one process takes a batch through all groups. The papers' algorithm, the reference for all else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lct_fast.codecs import Codec
+from lct_fast.engine.packet import dense
+from lct_fast.engine.stats import Stats
+from lct_fast.engine.worker import Worker
+
+
+class Lockstep:
+    """All groups on one batch, one after the other.
+
+    Args:
+        workers: every group's, in order.
+        codec: what crosses each cut.
+    """
+
+    def __init__(self, workers: Sequence[Worker], codec: Codec) -> None:
+        self.workers, self.codec = list(workers), codec
+        self.batch = 0
+
+    def step(self, x: Tensor, y: Tensor) -> Stats:
+        """Trains every group on one batch."""
+        batch, h = self.batch, x
+        losses, sent = [], 0
+        for k, worker in enumerate(self.workers):
+            meter = worker.meter
+            meter.begin(batch)
+            target = y.to(worker.device)
+            result = worker.train(batch, worker.place(h), target)
+            losses.append(worker.mean(result.loss, target).to(self.workers[0].device))
+            worker.update(batch)
+            if worker.owes(batch):
+                before = self.workers[k - 1]
+                before.receive_feedback(batch, result.loss.detach().to(before.device))
+                worker.owe(batch, result.loss)
+            if not worker.last:
+                h, size = hand_over(worker, self.codec, result.h)
+                sent += size
+            meter.end()
+        for worker in self.workers:
+            worker.learn(batch)
+        self.batch += 1
+        return Stats(batch, torch.stack(losses), sent, max(len(w.pending) for w in self.workers))
+
+    def drain(self) -> list[Stats]:
+        """Batches on their way: none, ever."""
+        return []
+
+    def flush(self) -> None:
+        """Every critic learns from all feedback it is owed."""
+        for worker in self.workers:
+            worker.flush(self.batch)
+
+
+def hand_over(worker: Worker, codec: Codec, h: Tensor) -> tuple[Tensor, int]:
+    """What the group behind gets of ``h`` inside one process, and the bytes that would travel; both are counted."""
+    with worker.meter.span("encode"):
+        packet = dense(codec.encode(h))
+        size = packet.numel() * packet.element_size()
+        worker.meter.wire_bytes += size
+        worker.meter.raw_bytes += h.numel() * 4
+        return codec.decode(packet, h.dtype), size

@@ -1,0 +1,252 @@
+"""Pipelined over processes: one group a process, each at its own batch.
+
+The first group's process is the driver: what it does (batches, evaluation, marks, learning rates, the end) goes down
+the stream, and every other process follows it, group after group, so nothing is drained for any of it. A group
+waits only for its input, for room in the link, and for feedback that is later than the delay allows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from lct_fast.codecs import Codec, Identity
+from lct_fast.engine import packet as wire
+from lct_fast.engine.errors import PacketError
+from lct_fast.engine.exits import Evaluation, summed
+from lct_fast.engine.link import Inbox, Outbox
+from lct_fast.engine.packet import Kind, Packet
+from lct_fast.engine.ranks import ProcessTransport, Ranks
+from lct_fast.engine.stats import Event, Mark, Stats
+from lct_fast.engine.worker import Worker
+
+# Slots at each end of a link: one in use, one that fills or empties meanwhile.
+DEPTH = 2
+_FORWARD, _BACKWARD = 0, 1
+_DTYPES = wire.DTYPES
+
+
+class Stage:
+    """One group in its own process.
+
+    Args:
+        worker: the group.
+        ranks: where it stands.
+        codec: what crosses the cut behind it while training; evaluation sends tensors as they are.
+
+    Attributes:
+        batch: number of the next batch.
+    """
+
+    def __init__(self, worker: Worker, ranks: Ranks, codec: Codec) -> None:
+        self.worker, self.ranks, self.codec = worker, ranks, codec
+        self.batch = 0
+        self.first, self.last = ranks.rank == 0, ranks.rank == ranks.size - 1
+        self._scores = torch.zeros(ranks.size, 4, dtype=torch.float64)
+        # Feedback of at most this many batches can have come and not be due yet.
+        early = max(worker.settings.feedback_delay, 1) + 1
+        learns = worker.settings.method.uses_feedback
+        before, behind = ranks.rank - 1, ranks.rank + 1
+        self.inbox = None if self.first else self._inbox(before, _FORWARD, DEPTH, "receive")
+        self.outbox = None if self.last else self._outbox(behind, _FORWARD, "send")
+        self.feedback = self.owing = None
+        if learns and not self.last:
+            self.feedback = self._inbox(behind, _BACKWARD, early, "receive feedback")
+        if learns and not self.first:
+            self.owing = self._outbox(before, _BACKWARD, "send feedback")
+
+    def _inbox(self, peer: int, direction: int, depth: int, row: str) -> Inbox:
+        worker = self.worker
+        return Inbox(
+            self._transport(peer, direction), depth, worker.device, worker.meter, row, self._who(peer), self.ranks.ahead
+        )
+
+    def _outbox(self, peer: int, direction: int, row: str) -> Outbox:
+        worker = self.worker
+        return Outbox(
+            self._transport(peer, direction), DEPTH, worker.device, worker.meter, row, self._who(peer), self.ranks.ahead
+        )
+
+    def _transport(self, peer: int, direction: int) -> ProcessTransport:
+        data = self.ranks.backward if direction == _BACKWARD else self.ranks.forward
+        return ProcessTransport(peer, data, self.ranks.control, direction)
+
+    def _who(self, peer: int) -> str:
+        return f"the process of group {peer + 1} ({self.ranks.places[peer]})"
+
+    # What the first group's process does.
+
+    def step(self, x: Tensor, y: Tensor) -> Stats:
+        """Train on a batch; the other groups follow on their own."""
+        worker = self.worker
+        worker.meter.begin(self.batch)
+        losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
+        return self._train(worker.place(x), y.to(worker.device), losses)
+
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation | None:
+        """Sends the batches down the stream; the last group's process gets the result."""
+        for x, y in batches:
+            h, target = self.worker.place(x), y.to(self.worker.device)
+            self._evaluate(h, target, torch.zeros(self.ranks.size, 4, dtype=torch.float64, device=h.device))
+        return self._evaluated()
+
+    def mark(self, code: int) -> None:
+        """Sends a mark; every process gets it behind the same batch."""
+        self._forward(Packet(Kind.MARK, self.batch - 1, value=code))
+
+    def set_learning_rate(self, rate: float) -> None:
+        """All groups' optimisers, behind the same batch."""
+        self.worker.set_learning_rate(rate)
+        self._forward(Packet(Kind.LEARNING_RATE, self.batch - 1, value=wire.float_bits(rate)))
+
+    def flush(self) -> None:
+        """Every critic learns from all feedback it is owed."""
+        self._forward(Packet(Kind.FLUSH, self.batch - 1))
+        self._flush()
+
+    def stop(self) -> None:
+        """Ends the stream; every process's ``events`` ends."""
+        self._forward(Packet(Kind.STOP, self.batch - 1))
+        self._close()
+
+    # What the other processes do.
+
+    def events(self) -> Iterator[Event]:
+        """Follows the stream to its end: trains, evaluates, and yields what happened.
+
+        A mark is passed on when the caller asks for the next event, so what the caller does at a mark is done
+        before the group behind sees it.
+        """
+        inbox = self.inbox
+        assert inbox is not None, "the first group's process drives; it has no stream to follow"
+        worker = self.worker
+        while True:
+            meter = worker.meter
+            meter.begin(self.batch)
+            with meter.span("wait for input") as waited:
+                packet = inbox.get()
+            if packet.kind is Kind.TRAIN:
+                self._expect(packet)
+                meter.add_exposed(self._exposed(packet, waited.start))
+                payload, target, losses = packet.tensors
+                h = self.codec.decode(payload, _DTYPES[packet.value])
+                yield self._train(worker.place(h), target, losses.clone())
+                continue
+            if packet.kind is Kind.EVALUATE:
+                h, target, scores = packet.tensors
+                self._evaluate(worker.place(h), target, scores.clone())
+                continue
+            inbox.release()
+            if packet.kind is Kind.EVALUATED:
+                result = self._evaluated()
+                if result is not None:
+                    yield result
+            elif packet.kind is Kind.MARK:
+                yield Mark(packet.batch, packet.value)
+                self._forward(packet)
+            elif packet.kind is Kind.LEARNING_RATE:
+                worker.set_learning_rate(wire.bits_float(packet.value))
+                self._forward(packet)
+            elif packet.kind is Kind.FLUSH:
+                self._forward(packet)
+                self._flush()
+            else:
+                self._forward(packet)
+                self._close()
+                return
+
+    # What all do.
+
+    def _train(self, h: Tensor, target: Tensor, losses: Tensor) -> Stats:
+        worker, batch = self.worker, self.batch
+        meter = worker.meter
+        result = worker.train(batch, h, target)
+        losses[worker.index] = worker.mean(result.loss, target)
+        sent = self._send(batch, result.h, target, losses)
+        if worker.owes(batch):
+            assert self.owing is not None
+            self.owing.put(Packet(Kind.FEEDBACK, batch, [result.loss]))
+            worker.owe(batch, result.loss)
+        # The slot is free from here: nothing below reads the input.
+        if self.inbox is not None:
+            self.inbox.release()
+        worker.update(batch)
+        self._take_feedback(batch - worker.settings.feedback_delay)
+        worker.learn(batch)
+        self.batch += 1
+        meter.end()
+        return Stats(batch, losses, sent, len(worker.pending))
+
+    def _send(self, batch: int, h: Tensor, target: Tensor, losses: Tensor) -> int:
+        if self.outbox is None:
+            return 0
+        meter = self.worker.meter
+        with meter.span("encode"):
+            payload = wire.dense(self.codec.encode(h))
+        sent = payload.numel() * payload.element_size()
+        meter.wire_bytes += sent
+        meter.raw_bytes += h.numel() * 4
+        tensors = [payload, wire.dense(target), losses]
+        self.outbox.put(Packet(Kind.TRAIN, batch, tensors, value=_DTYPES.index(h.dtype)))
+        return sent
+
+    def _take_feedback(self, through: int) -> None:
+        """Waits for the feedback that is due; what came early stays in its slot."""
+        worker = self.worker
+        for batch in worker.awaited(through):
+            assert self.feedback is not None
+            with worker.meter.span("wait for feedback"):
+                packet = self.feedback.get()
+            if packet.kind is not Kind.FEEDBACK or packet.batch != batch:
+                raise PacketError(f"feedback: expected that of batch {batch}, got {packet.kind.name} {packet.batch}")
+            worker.receive_feedback(batch, packet.tensors[0].clone())
+            self.feedback.release()
+
+    def _evaluate(self, h: Tensor, target: Tensor, scores: Tensor) -> None:
+        h, scores[self.worker.index] = self.worker.evaluate(h, target)
+        if self.outbox is None:
+            self._scores += scores.cpu()
+        else:
+            self.outbox.put(Packet(Kind.EVALUATE, self.batch - 1, [wire.dense(h), wire.dense(target), scores]))
+        if self.inbox is not None:
+            self.inbox.release()
+
+    def _evaluated(self) -> Evaluation | None:
+        self._forward(Packet(Kind.EVALUATED, self.batch - 1))
+        if not self.last:
+            return None
+        result = summed(self._scores)
+        self._scores.zero_()
+        return result
+
+    def _flush(self) -> None:
+        self._take_feedback(self.batch)
+        self.worker.flush(self.batch)
+
+    def _forward(self, packet: Packet) -> None:
+        if self.outbox is not None:
+            self.outbox.put(Packet(packet.kind, packet.batch, value=packet.value))
+
+    def _close(self) -> None:
+        if self.owing is not None:
+            self.owing.put(Packet(Kind.STOP, self.batch - 1))
+        for end in (self.outbox, self.owing, self.inbox, self.feedback):
+            if end is not None:
+                end.close()
+
+    def _expect(self, packet: Packet) -> None:
+        if packet.batch != self.batch:
+            raise PacketError(
+                f"group {self.worker.index + 1} expected batch {self.batch}, got {packet.batch}: the processes "
+                f"started from different checkpoints"
+            )
+
+    def _exposed(self, packet: Packet, waiting_since: float) -> float:
+        """Of the wait for this packet, the seconds it was already on its way."""
+        ahead = self.ranks.ahead
+        if packet.arrived + ahead <= waiting_since:
+            return 0.0
+        return max(0.0, time.perf_counter() - max(waiting_since, packet.sent + ahead))

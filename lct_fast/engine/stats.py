@@ -1,0 +1,34 @@
+"""What a step tells its caller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lct_fast.engine.exits import Evaluation
+
+
+@dataclass(slots=True)
+class Stats:
+    """What one step did. ``losses`` [K] is the mean loss of each exit, on the device; ``.tolist()`` waits for it.
+
+    ``batch`` is the batch that has been through all groups; in a pipelined run it lags behind the one given to
+    ``step`` and is negative until one is through. Losses not known in this process are NaN.
+    """
+
+    batch: int
+    losses: Tensor
+    wire_bytes: int
+    in_flight: int
+
+
+@dataclass(slots=True)
+class Mark:
+    """A mark in the stream, behind batch ``batch``; what ``code`` means is the user's."""
+
+    batch: int
+    code: int
+
+
+Event = Stats | Mark | Evaluation

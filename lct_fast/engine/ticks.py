@@ -1,0 +1,141 @@
+"""Pipelined in one process: at tick t group k trains on batch t - k, on its own device or stream.
+
+One thread starts the work of all groups. On CUDA devices it runs ahead of them, so groups on several devices, or on
+several streams of one, run at once; on the CPU they run one after the other, which is the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lct_fast.codecs import Codec
+from lct_fast.engine.lockstep import hand_over
+from lct_fast.engine.stats import Stats
+from lct_fast.engine.worker import Worker
+
+
+@dataclass(slots=True)
+class _Cargo:
+    """A batch between two groups. ``ready`` is recorded when ``h`` is; None on the host."""
+
+    batch: int
+    h: Tensor
+    target: Tensor
+    losses: list[Tensor]
+    ready: torch.cuda.Event | None = None
+
+
+class Ticks:
+    """All groups at once, each a batch behind the one before it.
+
+    Args:
+        workers: every group's, in order.
+        codec: what crosses each cut.
+    """
+
+    def __init__(self, workers: Sequence[Worker], codec: Codec) -> None:
+        self.workers, self.codec = list(workers), codec
+        self.batch = 0
+        self.streams = [torch.cuda.Stream(w.device) if w.device.type == "cuda" else None for w in self.workers]
+        # What each group takes at the next tick.
+        self.waiting: list[_Cargo | None] = [None] * len(self.workers)
+        self.finished: list[Stats] = []
+
+    def step(self, x: Tensor, y: Tensor) -> Stats:
+        """One tick: group 1 takes this batch, every other group the one before it left."""
+        cargo = _Cargo(self.batch, x, y, [], self._ready(x))
+        self.batch += 1
+        done = self._tick(cargo)
+        if done is not None:
+            return done
+        first = self.workers[0].device
+        unknown = torch.full((len(self.workers),), float("nan"), device=first)
+        return Stats(self.batch - len(self.workers), unknown, 0, self._in_flight())
+
+    def drain(self) -> list[Stats]:
+        """Lets every group catch up with group 1; what each computes is the same as without."""
+        while any(c is not None for c in self.waiting):
+            done = self._tick(None)
+            if done is not None:
+                self.finished.append(done)
+        for stream in self.streams:
+            if stream is not None:
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
+        finished, self.finished = self.finished, []
+        return finished
+
+    def flush(self) -> None:
+        """Every critic learns from all feedback it is owed."""
+        self.finished = self.drain()
+        for worker in self.workers:
+            worker.flush(self.batch)
+
+    def _tick(self, first: _Cargo | None) -> Stats | None:
+        self.waiting[0] = first
+        done, sent = None, 0
+        # From the last group to the first: each takes what the one before left at the tick before.
+        for k in reversed(range(len(self.workers))):
+            cargo, self.waiting[k] = self.waiting[k], None
+            if cargo is None:
+                continue
+            with self._on_stream(k):
+                sent += self._train(k, cargo)
+            if self.workers[k].last:
+                losses = [v.to(self.workers[0].device) for v in cargo.losses]
+                done = Stats(cargo.batch, torch.stack(losses), 0, 0)
+        if done is not None:
+            done.wire_bytes, done.in_flight = sent, self._in_flight()
+        return done
+
+    def _train(self, k: int, cargo: _Cargo) -> int:
+        worker, batch = self.workers[k], cargo.batch
+        if cargo.ready is not None:
+            stream = torch.cuda.current_stream(worker.device)
+            stream.wait_event(cargo.ready)
+            for t in (cargo.h, cargo.target):
+                if t.is_cuda:
+                    t.record_stream(stream)
+        worker.meter.begin(batch)
+        target = cargo.target.to(worker.device)
+        result = worker.train(batch, worker.place(cargo.h), target)
+        cargo.losses.append(worker.mean(result.loss, target))
+        sent = 0
+        if not worker.last:
+            h, sent = hand_over(worker, self.codec, result.h)
+            self.waiting[k + 1] = _Cargo(batch, h, target, cargo.losses, self._ready(h))
+        if worker.owes(batch):
+            self._give_back(k, batch, result.loss)
+        worker.update(batch)
+        worker.learn(batch)
+        worker.meter.end()
+        return sent
+
+    def _give_back(self, k: int, batch: int, loss: Tensor) -> None:
+        self.workers[k].owe(batch, loss)
+        before = self.workers[k - 1]
+        ready = self._ready(loss)
+        with self._on_stream(k - 1):
+            if ready is not None:
+                torch.cuda.current_stream(before.device).wait_event(ready)
+            before.receive_feedback(batch, loss.to(before.device))
+
+    def _in_flight(self) -> int:
+        return sum(c is not None for c in self.waiting)
+
+    def _on_stream(self, k: int) -> AbstractContextManager[Any]:
+        stream = self.streams[k]
+        return torch.cuda.stream(stream) if stream is not None else nullcontext()
+
+    @staticmethod
+    def _ready(t: Tensor) -> torch.cuda.Event | None:
+        if not t.is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(t.device))
+        return event

@@ -1,0 +1,258 @@
+"""One group and what updates it. Every schedule calls the same methods in the same order."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
+from lct_fast.engine.exits import score
+from lct_fast.engine.group import Group
+from lct_fast.engine.meter import GroupMeter
+from lct_fast.engine.random_stream import RandomStream
+from lct_fast.methods import LocalStep, Method, Objective, Slot
+from lct_fast.methods.method import OptimizerFactory
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every group of a run shares; see ``Trainer`` for the meaning of each."""
+
+    method: Method
+    objective: Objective
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory | None = None
+    feedback_delay: int = 0
+    accumulate: int = 1
+    clip_norm: float | None = None
+    autocast: torch.dtype | None = None
+    compile: bool = False
+    memory_format: torch.memory_format = torch.preserve_format
+
+
+@dataclass(slots=True)
+class Pending:
+    """A batch whose feedback has not been applied; ``next_loss`` is None until it has come."""
+
+    batch: int
+    slot: Slot
+    next_loss: Tensor | None = None
+
+
+class Worker:
+    """Trains one group: for batch t ``train``, ``update`` and ``learn``, in this order.
+
+    Args:
+        index: number of the group, from 0.
+        group: its layers and head.
+        device: where it runs.
+        settings: of the run.
+        seed: of the run, for the group's random numbers.
+
+    Attributes:
+        pending: batches whose feedback is still to be applied, oldest first.
+        owed: losses [N] of the latest ``feedback_delay`` batches that the group before learns from, oldest first.
+        meter: the group's own.
+    """
+
+    def __init__(self, index: int, group: Group, device: torch.device, settings: Settings, seed: int) -> None:
+        self.index, self.group, self.device, self.settings = index, group, device, settings
+        group.to(device=device, memory_format=settings.memory_format)  # type: ignore[call-overload]
+        joint = settings.method.joint_optimizer or group.last
+        trained = (group if joint else group.layers).parameters()
+        params = [p for p in trained if p.requires_grad]
+        self.optimizer = settings.optimizer(params) if params else None
+        self.critic_optimizer: torch.optim.Optimizer | None = None
+        if not joint and settings.method.critic_optimizer is not None:
+            self.critic_optimizer = settings.method.critic_optimizer(group.critic.parameters())
+        make = settings.scheduler
+        self.schedulers = [make(self.optimizer)] if make and self.optimizer else []
+        # As they run: compiled, or the group's own.
+        self.layers: nn.Module = torch.compile(group.layers) if settings.compile else group.layers  # type: ignore[assignment]
+        self.random = RandomStream(seed, index, device)
+        self.pending: deque[Pending] = deque()
+        self.owed: deque[tuple[int, Tensor]] = deque()
+        self.meter = GroupMeter(index, group.last)
+
+    @property
+    def critic(self) -> Any:
+        return self.group.critic
+
+    @property
+    def last(self) -> bool:
+        return self.group.last
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for g in self.optimizer.param_groups for p in g["params"]] if self.optimizer else []
+
+    def place(self, h: Tensor) -> Tensor:
+        """``h`` on the group's device, in the run's memory format."""
+        settings = self.settings
+        return h.to(
+            self.device, memory_format=settings.memory_format if h.dim() == 4 else torch.preserve_format
+        )
+
+    def train(self, batch: int, h: Tensor, target: Tensor) -> LocalStep:
+        """Forward, local loss and local backward on batch number ``batch``; gradients are left in ``.grad``.
+
+        Args:
+            h: h_{k-1} [N, ...], on the group's device.
+            target: as in ``Trainer.step``, on the group's device.
+
+        Raises:
+            NonFiniteError, OutOfMemoryError: they name the group; nothing was updated.
+        """
+        settings = self.settings
+        update = batch // settings.accumulate
+        keep = not self.last and settings.method.uses_feedback and settings.method.wants_feedback(update)
+        self.group.train()
+        version = h._version
+        try:
+            with self.random.active(), self._autocast():
+                result = settings.method.local_step(
+                    self,
+                    h,
+                    target,
+                    settings.objective,
+                    settings.objective.scale(target, settings.accumulate),
+                    keep_slot=keep,
+                    span=self.meter.span,
+                )
+        except RuntimeError as error:
+            if _out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"group {self.index + 1} ran out of memory at batch {batch} of {len(h)} samples "
+                    f"({first_line(error)}): use a smaller batch, accumulation, or more groups"
+                ) from None
+            raise
+        if h._version != version:
+            raise RuntimeError(
+                f"group {self.index + 1} changed its input in place ({self.group.units[0]}): what crosses a cut is "
+                f"shared, use inplace=False in the first layer after it"
+            )
+        self._check_finite(batch, result.loss)
+        if result.slot is not None:
+            self.pending.append(Pending(batch, result.slot))
+        return result
+
+    def mean(self, loss: Tensor, target: Tensor) -> Tensor:
+        """Mean of a per-sample loss [N] over the rows that count, on the device."""
+        return loss.detach().sum() * self.settings.objective.scale(target)
+
+    def owes(self, batch: int) -> bool:
+        """Whether the group before learns from this group's loss on ``batch``."""
+        method = self.settings.method
+        return self.index > 0 and method.uses_feedback and method.wants_feedback(batch // self.settings.accumulate)
+
+    def owe(self, batch: int, loss: Tensor) -> None:
+        """Keeps a loss that has been sent back, as long as a checkpoint may need it."""
+        self.owed.append((batch, loss))
+        while self.owed and self.owed[0][0] <= batch - self.settings.feedback_delay:
+            self.owed.popleft()
+
+    def update(self, batch: int) -> None:
+        """The optimiser's step, if ``batch`` ends an accumulation, and the schedulers'."""
+        if self.optimizer is None or not self._ends_update(batch):
+            return
+        with self.meter.span("optimizer"):
+            if self.settings.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            for scheduler in self.schedulers:
+                scheduler.step()
+
+    def awaited(self, through: int) -> list[int]:
+        """Batches up to ``through`` whose feedback has not come yet."""
+        return [p.batch for p in self.pending if p.batch <= through and p.next_loss is None]
+
+    def receive_feedback(self, batch: int, next_loss: Tensor) -> None:
+        """Takes L_{k+1} [N] of ``batch``; it is applied when ``learn`` gets there."""
+        for pending in self.pending:
+            if pending.batch == batch:
+                pending.next_loss = next_loss
+                self.meter.feedback_bytes += next_loss.numel() * next_loss.element_size()
+                return
+        raise RuntimeError(f"group {self.index + 1} keeps no slot for the feedback of batch {batch}")
+
+    def learn(self, batch: int) -> None:
+        """After ``update`` on ``batch``: the critic learns from the batch ``feedback_delay`` before it."""
+        self._apply(batch - self.settings.feedback_delay)
+        if self._ends_update(batch):
+            self._update_critic()
+
+    def flush(self, batch: int) -> None:
+        """Applies all feedback up to ``batch``, as one update of the critic."""
+        if self.pending:
+            self._apply(batch)
+            self._update_critic()
+
+    def evaluate(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """h_k and the exit's ``score`` on these samples, in evaluation mode."""
+        self.group.eval()
+        with torch.no_grad():
+            h = self.group.layers(h)
+            return h, score(self.group.critic(h).float(), target, self.settings.objective)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The learning rate of the group's optimiser from now on; critics keep theirs."""
+        for part in self.optimizer.param_groups if self.optimizer else ():
+            if isinstance(part["lr"], Tensor):
+                part["lr"].fill_(rate)
+            else:
+                part["lr"] = rate
+
+    def _ends_update(self, batch: int) -> bool:
+        return (batch + 1) % self.settings.accumulate == 0
+
+    def _apply(self, through: int) -> None:
+        while self.pending and self.pending[0].batch <= through:
+            pending = self.pending.popleft()
+            if pending.next_loss is None:
+                raise RuntimeError(f"group {self.index + 1}: the feedback of batch {pending.batch} is missing")
+            with self.meter.span("critic update"):
+                self.settings.method.critic_step(self.critic, pending.slot, pending.next_loss)
+
+    def _update_critic(self) -> None:
+        optimizer = self.critic_optimizer
+        if optimizer is None or all(p.grad is None for p in self.critic.parameters()):
+            return
+        with self.meter.span("critic update"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        autocast = self.settings.autocast
+        return torch.autocast(self.device.type, autocast) if autocast else nullcontext()
+
+    def _check_finite(self, batch: int, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss).all()):
+            self.group.zero_grad()
+            raise NonFiniteError(
+                f"the loss of group {self.index + 1} at batch {batch} is NaN or Inf: the group was not updated; "
+                f"lower its learning rate and go on from the last checkpoint"
+            )
+
+
+def learning_rate(workers: Iterable[Worker]) -> float | None:
+    """That of the first group that has an optimiser."""
+    for worker in workers:
+        if worker.optimizer is not None:
+            return float(worker.optimizer.param_groups[0]["lr"])
+    return None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        re.search("can't allocate memory|not enough memory", str(error))
+    )
