@@ -78,7 +78,8 @@ def test_kernel_table_is_the_result_file() -> None:
         found = {
             r["contender"]: r
             for r in loaded
-            if (r["rows"], r["depth"], r["classes"], r["dtype"]) == (int(rows_), int(depth), int(classes), dtype)
+            if (r["rows"], r["depth"], r["classes"], r["dtype"])
+            == (int(rows_), int(depth), int(classes), dtype)
         }
         times = [f"{found[c]['us_p50'] / 1e3:.2f}" for c in contenders]
         assert cells == [*times, f"{found['lct_fast']['times_as_fast_as_best_rival']:.2f}x"], shape

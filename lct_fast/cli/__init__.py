@@ -12,8 +12,9 @@ import lct_fast
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    from lct_fast.cli import evaluate, export, info, report, train
-    from lct_fast.engine import OutOfMemoryError
+    from lct_fast.cli import evaluate, export, info, processes, report, train
+    from lct_fast.cli.config import ConfigError
+    from lct_fast.engine import OutOfMemoryError, PeerError
     from lct_fast.ops import BackendError
 
     parser = argparse.ArgumentParser(
@@ -26,11 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, OutOfMemoryError, BackendError) as error:
+    except (ValueError, OSError, OutOfMemoryError, PeerError, BackendError) as error:
         if os.environ.get("LCT_TRACEBACK") == "1":
             raise
-        print(f"lct-fast {args.command}: {_one_line(error)}", file=sys.stderr)
-        return 2
+        # What is wrong with the options is wrong in every process; one says it.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"lct-fast {args.command}: {_one_line(error)}", file=sys.stderr, flush=True)
+        return processes.refuse()
     except KeyboardInterrupt:
         print(f"lct-fast {args.command}: interrupted; a training run goes on with --resume", file=sys.stderr)
         return 130

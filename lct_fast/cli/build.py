@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,10 +51,6 @@ def load_data(config: Config) -> ImageData:
 
 def training_batches(config: Config, images: ImageData, device: torch.device) -> Batches:
     """The training set in seeded order, augmented; incomplete last batches are dropped."""
-    if len(images.train_labels) < config.batch_size:
-        raise ConfigError(
-            f"batch_size {config.batch_size} is larger than the {len(images.train_labels)} training images"
-        )
     return Batches(
         images.train_images,
         images.train_labels,
@@ -72,7 +70,7 @@ def test_batches(config: Config, images: ImageData, device: torch.device) -> Bat
     return Batches(
         images.test_images,
         images.test_labels,
-        500,
+        config.batch_size,
         mean=images.mean,
         std=images.std,
         seed=config.seed,
@@ -83,16 +81,42 @@ def test_batches(config: Config, images: ImageData, device: torch.device) -> Bat
     )
 
 
-def build_groups(config: Config, images: ImageData, device: torch.device) -> list[Group]:
-    """The model, cut. A split found by measurement is written into ``config`` so that a resumed run repeats it."""
-    channels, height = images.train_images.shape[1], images.train_images.shape[2]
-    model = models.build(config.model, len(images.classes), channels, height).to(device)
-    example = torch.zeros(config.batch_size, *images.train_images.shape[1:], device=device)
-    example.copy_(images.train_images[:1].expand_as(example))
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the model and the run need to know of the data; only the first group's process holds the data itself.
+
+    ``shape`` is an image's, [channels, height, width].
+    """
+
+    name: str
+    classes: int
+    shape: tuple[int, ...]
+    train_images: int
+
+
+def facts(config: Config, images: ImageData) -> Facts:
+    """The facts about the data of this run."""
+    count = len(images.train_labels)
+    if count < config.batch_size:
+        raise ConfigError(f"batch_size {config.batch_size} is larger than the {count} training images")
+    return Facts(images.name, len(images.classes), tuple(images.train_images.shape[1:]), count)
+
+
+def build_groups(
+    config: Config, facts: Facts, device: torch.device, agree: Callable[[Any], Any] = lambda points: points
+) -> tuple[list[Group], list[str]]:
+    """The model, cut, and the names of the modules that start groups 2..K.
+
+    A split found by measurement varies, so what ``agree`` makes of it counts: rank 0's, over processes.
+    """
+    model = models.build(config.model, facts.classes, *facts.shape[:2]).to(device)
+    example = torch.zeros(config.batch_size, *facts.shape, device=device)
     points = config.split if config.split is not None else models.default_splits(config.model, config.groups)
+    if points is None:
+        measured = split(model, config.groups, example, critic=config.critic)
+        points = agree([g.units[0] for g in measured[1:]])
     groups = split(model, config.groups, example, critic=config.critic, split_points=points)
-    config.split = [g.units[0] for g in groups[1:]]
-    return groups
+    return groups, [g.units[0] for g in groups[1:]]
 
 
 def total_steps(config: Config, per_epoch: int) -> int:
@@ -110,6 +134,7 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         devices=devices,
         optimizer=partial(_optimizer, config),
         scheduler=partial(_scheduler, config, math.ceil(steps / config.accumulate)),
+        schedule=config.schedule,
         feedback_delay=config.feedback_delay,
         accumulate=config.accumulate,
         clip_norm=config.clip_norm,

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from lct_fast.engine.trainer import PIPELINED_DELAY, SCHEDULES
+
 METHODS = ("local-critic", "greedy", "backprop")
-SCHEDULES = ("lockstep",)
 LR_SCHEDULES = ("onecycle", "step", "cosine", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AUGMENT = ("none", "crop_flip")
@@ -46,7 +47,9 @@ class Config:
     critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
     codec: str = _option("none", "what crosses a cut: none | bf16")
     schedule: str = _option("lockstep", "how groups share time", SCHEDULES)
-    feedback_delay: int = _option(0, "batches until a critic learns from a batch (local-critic)")
+    feedback_delay: int = _option(
+        None, "batches until a critic learns from a batch (local-critic); default 0, pipelined 3"
+    )
     epochs: int = _option(None, "passes over the data")
     steps: int | None = _option(None, "stop after this many batches; with it, epochs only bounds the run")
     batch_size: int = _option(None, "samples a batch")
@@ -108,6 +111,8 @@ def resolve(given: dict[str, Any]) -> Config:
     for key, value in table.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
+    if getattr(config, "feedback_delay") is None:  # noqa: B009 (typed int, and None until here)
+        config.feedback_delay = PIPELINED_DELAY if config.schedule == "pipelined" else 0
     _check(config, known)
     return config
 
@@ -129,6 +134,12 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     for key in ("feedback_delay", "weight_decay", "momentum", "seed"):
         if not 0 <= getattr(config, key) < float("inf"):
             raise ConfigError(f"{key}: expected a number >= 0, got {getattr(config, key)}")
+    if config.schedule == "pipelined" and config.method == "backprop":
+        raise ConfigError(
+            "backprop has no pipelined schedule here: use --schedule lockstep, or local-critic or greedy"
+        )
+    if config.schedule == "pipelined" and config.feedback_delay < 1:
+        raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def load_run(path: Path, data: str | None = None) -> TrainedRun:
         )
     devices = build.set_up(config)
     images = build.load_data(config)
-    groups = build.build_groups(config, images, devices[0])
-    trainer = build.build_trainer(config, groups, devices, 1)
+    groups, _ = build.build_groups(config, build.facts(config, images), devices[0])
+    # Read in one process, however it was trained.
+    here = dataclasses.replace(config, schedule="lockstep")
+    trainer = build.build_trainer(here, groups, devices, 1)
     checkpoint.load_weights(trainer, found)
     return TrainedRun(config, images, trainer, devices[0])

@@ -36,7 +36,6 @@ class RunFolder:
             raise ConfigError(
                 f"cannot write the run folder {self.path}: {error.strerror}; choose another --out"
             ) from None
-        self._writer = tensorboard.maybe_writer(self.path)
 
     def reopen(self, given: dict[str, Any]) -> Config:
         """The options of the run that is here; those given must agree with them."""
@@ -52,11 +51,11 @@ class RunFolder:
                     f"--resume: {key} is {getattr(stored, key)!r} in {self.path / 'config.yaml'}, but "
                     f"{getattr(wanted, key)!r} was given; leave it out or start a new run"
                 )
-        self._writer = tensorboard.maybe_writer(self.path)
         return stored
 
-    def rewind(self, step: int) -> None:
-        """Drops metrics later than batch ``step``, which a resumed run will write again."""
+    def open(self, step: int) -> None:
+        """Begins to write, from batch ``step``: later metrics go, a resumed run will write them again."""
+        self._writer = tensorboard.maybe_writer(self.path)
         kept = []
         for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
             try:

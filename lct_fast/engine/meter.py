@@ -112,14 +112,14 @@ class GroupMeter:
         """The tick is over."""
         now = time.perf_counter()
         here = self._here
-        waits = [here.get(name, 0.0) for name in WAITS]
+        missing, room, feedback = (here.get(name, 0.0) for name in WAITS)
         critic = sum(here.get(name, 0.0) for name in CRITIC)
-        busy = sum(here.values()) - sum(waits)
+        busy = sum(here.values()) - missing - room - feedback
         seconds = now - self._start
         self.count += 1
         if self.count <= WARM_UP:
             return
-        self.ticks.append(Tick(self._batch, seconds, busy, critic, *waits, self._exposed))
+        self.ticks.append(Tick(self._batch, seconds, busy, critic, missing, room, feedback, self._exposed))
         self.total += seconds
         self.exposed += self._exposed
         for name, value in here.items():

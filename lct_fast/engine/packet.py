@@ -99,7 +99,15 @@ def write(packet: Packet, header: Tensor, body: Tensor) -> None:
     """
     if len(packet.tensors) > MAX_TENSORS:
         raise PacketError(f"a packet carries at most {MAX_TENSORS} tensors, got {len(packet.tensors)}")
-    words = [MAGIC, packet.kind, packet.batch, packet.value, 0, body_bytes(packet.tensors), len(packet.tensors)]
+    words = [
+        MAGIC,
+        packet.kind,
+        packet.batch,
+        packet.value,
+        0,
+        body_bytes(packet.tensors),
+        len(packet.tensors),
+    ]
     offset = 0
     for t in packet.tensors:
         if t.dtype not in DTYPES or t.dim() > MAX_DIMENSIONS or dense(t) is not t:
@@ -164,7 +172,9 @@ def read(header: Tensor, body: Tensor) -> Packet:
         count = _dense_count(i, shape, stride)
         room = _padded(count * dtype.itemsize)
         if offset + room > size:
-            raise PacketError(f"packet tensor {i}: shape {shape} needs {room} bytes, {size - offset} are left of {size}")
+            raise PacketError(
+                f"packet tensor {i}: shape {shape} needs {room} bytes, {size - offset} are left of {size}"
+            )
         tensors.append(_view(body, offset, dtype, shape, stride))
         offset += room
     return Packet(Kind(words[1]), words[2], tensors, words[3], words[4] / 1e9)
@@ -180,7 +190,9 @@ def _dense_count(i: int, shape: list[int], stride: list[int]) -> int:
     return count
 
 
-def _view(body: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+def _view(
+    body: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]
+) -> Tensor:
     count = 1
     for size in shape:
         count *= size

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from lct_fast.codecs import Codec, Identity
+from lct_fast.codecs import Codec
 from lct_fast.engine import packet as wire
 from lct_fast.engine.errors import PacketError
 from lct_fast.engine.exits import Evaluation, summed
@@ -61,13 +61,25 @@ class Stage:
     def _inbox(self, peer: int, direction: int, depth: int, row: str) -> Inbox:
         worker = self.worker
         return Inbox(
-            self._transport(peer, direction), depth, worker.device, worker.meter, row, self._who(peer), self.ranks.ahead
+            self._transport(peer, direction),
+            depth,
+            worker.device,
+            worker.meter,
+            row,
+            self._who(peer),
+            self.ranks.ahead,
         )
 
     def _outbox(self, peer: int, direction: int, row: str) -> Outbox:
         worker = self.worker
         return Outbox(
-            self._transport(peer, direction), DEPTH, worker.device, worker.meter, row, self._who(peer), self.ranks.ahead
+            self._transport(peer, direction),
+            DEPTH,
+            worker.device,
+            worker.meter,
+            row,
+            self._who(peer),
+            self.ranks.ahead,
         )
 
     def _transport(self, peer: int, direction: int) -> ProcessTransport:
@@ -201,7 +213,9 @@ class Stage:
             with worker.meter.span("wait for feedback"):
                 packet = self.feedback.get()
             if packet.kind is not Kind.FEEDBACK or packet.batch != batch:
-                raise PacketError(f"feedback: expected that of batch {batch}, got {packet.kind.name} {packet.batch}")
+                raise PacketError(
+                    f"feedback: expected that of batch {batch}, got {packet.kind.name} {packet.batch}"
+                )
             worker.receive_feedback(batch, packet.tensors[0].clone())
             self.feedback.release()
 
@@ -210,7 +224,9 @@ class Stage:
         if self.outbox is None:
             self._scores += scores.cpu()
         else:
-            self.outbox.put(Packet(Kind.EVALUATE, self.batch - 1, [wire.dense(h), wire.dense(target), scores]))
+            self.outbox.put(
+                Packet(Kind.EVALUATE, self.batch - 1, [wire.dense(h), wire.dense(target), scores])
+            )
         if self.inbox is not None:
             self.inbox.release()
 

@@ -42,7 +42,9 @@ class Ticks:
     def __init__(self, workers: Sequence[Worker], codec: Codec) -> None:
         self.workers, self.codec = list(workers), codec
         self.batch = 0
-        self.streams = [torch.cuda.Stream(w.device) if w.device.type == "cuda" else None for w in self.workers]
+        self.streams = [
+            torch.cuda.Stream(w.device) if w.device.type == "cuda" else None for w in self.workers
+        ]
         # What each group takes at the next tick.
         self.waiting: list[_Cargo | None] = [None] * len(self.workers)
         self.finished: list[Stats] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -190,7 +191,9 @@ class Trainer:
             PeerError: another group's process has gone.
         """
         if not self.first:
-            raise RuntimeError("step belongs to the first group's process: follow it with `for event in events()`")
+            raise RuntimeError(
+                "step belongs to the first group's process: follow it with `for event in events()`"
+            )
         check_batch(x, y, self.batch, self.num_classes, self.objective)
         start = time.perf_counter()
         stats = self._run.step(x, y)
@@ -207,7 +210,9 @@ class Trainer:
         """
         stage = self._stage("events")
         if stage.first:
-            raise RuntimeError("the first group's process drives: call step, evaluate, mark, flush and stop there")
+            raise RuntimeError(
+                "the first group's process drives: call step, evaluate, mark, flush and stop there"
+            )
         before = time.perf_counter()
         for event in stage.events():
             yield event
@@ -219,6 +224,20 @@ class Trainer:
     def drain(self) -> list[Stats]:
         """Pipelined in one process: lets every group catch up with the first; what that finished. Changes no result."""
         return [] if isinstance(self._run, Stage) else self._run.drain()
+
+    def gather_meter(self) -> tuple[Meter, list[float]]:
+        """The meter of all groups, and the seconds each one's clock is ahead of the first's.
+
+        Over processes every process calls it, after ``stop``.
+        """
+        if self.ranks is None:
+            return self.meter, [0.0] * len(self.groups)
+        mine = (self.workers[0].meter, self.meter.samples, self.meter.step_seconds, self.ranks.ahead)
+        everyone: list[Any] = [None] * self.ranks.size
+        dist.all_gather_object(everyone, mine, group=self.ranks.control)
+        meter = Meter([one[0] for one in everyone])
+        meter.samples, meter.step_seconds = everyone[0][1], everyone[-1][2]
+        return meter, [one[3] for one in everyone]
 
     def settle(self) -> None:
         """As ``drain``, and what it finished is told by the next ``drain``."""
@@ -270,7 +289,9 @@ class Trainer:
         None gives the user's own model. Exit k < K is groups 1..k and critic k. Over processes: see ``gather``.
         """
         if self.ranks is not None:
-            raise RuntimeError("this process trains one group only: call gather() in all of them for the network")
+            raise RuntimeError(
+                "this process trains one group only: call gather() in all of them for the network"
+            )
         self.settle()
         return exit_module(self.groups, len(self.groups) if exit is None else exit)
 

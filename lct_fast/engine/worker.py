@@ -152,7 +152,11 @@ class Worker:
     def owes(self, batch: int) -> bool:
         """Whether the group before learns from this group's loss on ``batch``."""
         method = self.settings.method
-        return self.index > 0 and method.uses_feedback and method.wants_feedback(batch // self.settings.accumulate)
+        return (
+            self.index > 0
+            and method.uses_feedback
+            and method.wants_feedback(batch // self.settings.accumulate)
+        )
 
     def owe(self, batch: int, loss: Tensor) -> None:
         """Keeps a loss that has been sent back, as long as a checkpoint may need it."""
@@ -219,7 +223,9 @@ class Worker:
         while self.pending and self.pending[0].batch <= through:
             pending = self.pending.popleft()
             if pending.next_loss is None:
-                raise RuntimeError(f"group {self.index + 1}: the feedback of batch {pending.batch} is missing")
+                raise RuntimeError(
+                    f"group {self.index + 1}: the feedback of batch {pending.batch} is missing"
+                )
             with self.meter.span("critic update"):
                 self.settings.method.critic_step(self.critic, pending.slot, pending.next_loss)
 

@@ -158,7 +158,9 @@ def test_a_critic_of_ones_own_and_one_a_cut() -> None:
     points = ["layer1", "layer2"]
     groups = lct.split(UserNet(), example_input=X, split_points=points, critic=lambda s, c: Mean(s[0], c))
     assert [type(g.critic) for g in groups[:2]] == [Mean, Mean]
-    groups = lct.split(UserNet(), example_input=X, split_points=points, critic=["linear", "pooled_linear:pool=4"])
+    groups = lct.split(
+        UserNet(), example_input=X, split_points=points, critic=["linear", "pooled_linear:pool=4"]
+    )
     assert [g.critic.head.in_features for g in groups[:2]] == [8 * 64, 8 * 16]
 
 

@@ -1,0 +1,79 @@
+"""Under torchrun: this process's place, and what all of them agree on before they train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lct_fast.cli.config import Config, ConfigError
+
+
+def count() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check(config: Config) -> None:
+    """Refuses options that do not fit the processes there are."""
+    size = count()
+    if size == 1:
+        return
+    if config.schedule != "pipelined":
+        raise ConfigError(
+            f"torchrun started {size} processes, but --schedule {config.schedule} runs in one: use --schedule "
+            f"pipelined, or start without torchrun"
+        )
+    if config.groups != size:
+        raise ConfigError(
+            f"pipelined over processes takes one process a group: --groups {config.groups}, but torchrun started "
+            f"{size} processes; use --nproc-per-node {config.groups} or --groups {size}"
+        )
+
+
+def join(devices: list[torch.device]) -> torch.device:
+    """Joins the other processes, and returns the device of this one."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = devices[local % len(devices)]
+    if device.type == "cuda":
+        if str(device) == "cuda":
+            if local >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"process {local} of this machine has no GPU of its own: it shows {torch.cuda.device_count()}; "
+                    f"start fewer processes here, or use --device cpu"
+                )
+            device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's ``value``, in every process; ``value`` itself without torchrun."""
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def leave() -> None:
+    """The end of a run over processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def refuse() -> int:
+    """Exit status 2; at once where other processes and the threads of links would keep this one from ending."""
+    if dist.is_available() and dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(2)
+    return 2

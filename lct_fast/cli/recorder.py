@@ -1,0 +1,125 @@
+"""What a run writes while it trains: intervals, epochs, the progress bar."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lct_fast.cli.config import Config
+from lct_fast.cli.run_folder import RunFolder
+from lct_fast.engine import Stats, Trainer
+from lct_fast.engine.exits import Evaluation
+from lct_fast.engine.worker import learning_rate
+
+
+class Recorder:
+    """Keeps and writes the losses of finished batches, in order; in the process that trains the last group.
+
+    Args:
+        per_epoch: batches of an epoch. steps: batches of the run.
+    """
+
+    def __init__(
+        self, config: Config, folder: RunFolder, trainer: Trainer, per_epoch: int, steps: int, quiet: bool
+    ) -> None:
+        self.config, self.folder, self.trainer, self.quiet = config, folder, trainer, quiet
+        self.per_epoch, self.steps = per_epoch, steps
+        self.done = trainer.batch
+        self.seconds = 0.0
+        self.interval: list[torch.Tensor] = []
+        self.epoch_sum = torch.zeros(len(trainer.groups))
+        self.epoch_count = 0
+        self.bar: Any = None
+
+    def position(self) -> dict[str, Any]:
+        """What a resumed run needs besides the trainer's state."""
+        return {
+            "seconds": self.seconds,
+            "interval": [losses.tolist() for losses in self.interval],
+            "epoch_sum": self.epoch_sum.tolist(),
+            "epoch_count": self.epoch_count,
+        }
+
+    def restore(self, position: dict[str, Any]) -> None:
+        """Takes up a position saved by ``position``."""
+        self.done = self.trainer.batch
+        self.seconds = position["seconds"]
+        self.interval = [torch.tensor(losses) for losses in position["interval"]]
+        self.epoch_sum = torch.tensor(position["epoch_sum"])
+        self.epoch_count = position["epoch_count"]
+
+    def begin(self) -> None:
+        """Training begins now."""
+        self.bar = tqdm(total=self.steps, initial=self.done, unit="batch", disable=self.quiet or None)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Training goes on now; what came before (evaluation, a checkpoint) is not counted."""
+        self._clock = time.perf_counter()
+
+    def record(self, stats: Stats) -> None:
+        """A batch has been through all groups; those a pipeline has not filled yet are passed over."""
+        if stats.batch < 0:
+            return
+        losses = stats.losses.cpu()
+        self.interval.append(losses)
+        self.epoch_sum += losses
+        self.epoch_count += 1
+        self.done = stats.batch + 1
+        self.bar.update()
+        if self.done % self.config.log_every == 0 or self.ends_epoch(self.done):
+            now = time.perf_counter()
+            self.seconds += now - self._clock
+            self._clock = now
+            self._log_interval()
+
+    def ends_epoch(self, done: int) -> bool:
+        """Whether an epoch, or the run, is over after ``done`` batches."""
+        return done % self.per_epoch == 0 or done == self.steps
+
+    def epoch(self, result: Evaluation) -> None:
+        """The epoch's evaluation is there."""
+        epoch = -(-self.done // self.per_epoch)
+        self.folder.log(
+            {
+                "kind": "epoch",
+                "epoch": epoch,
+                "step": self.done,
+                "seconds": self.seconds,
+                "train_loss": (self.epoch_sum / max(self.epoch_count, 1)).tolist(),
+                "test_loss": result.loss,
+                "exit_test_accuracy": result.accuracy,
+                "test_accuracy": result.accuracy[-1],
+            }
+        )
+        self.epoch_sum.zero_()
+        self.epoch_count = 0
+        if not self.quiet:
+            exits = " ".join(f"{a:.2%}" for a in result.accuracy)
+            tqdm.write(f"epoch {epoch:3d}  batch {self.done:6d}  test accuracy of the exits: {exits}")
+        self.restart_clock()
+
+    def end(self) -> None:
+        """Training is over."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _log_interval(self) -> None:
+        losses = torch.stack(self.interval).mean(0).tolist()
+        self.interval = []
+        seconds = self.trainer.meter.step_seconds_median() or 0.0
+        self.folder.log(
+            {
+                "kind": "interval",
+                "step": self.done,
+                "epoch": -(-self.done // self.per_epoch),
+                "seconds": self.seconds,
+                "loss": losses,
+                "lr": learning_rate(self.trainer.workers),
+                "samples_per_second": self.config.batch_size / seconds if seconds else None,
+            }
+        )
+        self.bar.set_postfix_str("loss " + " ".join(f"{v:.3f}" for v in losses))
