@@ -7,7 +7,18 @@ for x, y in loader:
 """
 
 from lct_fast import codecs, critics, data, models, ops
-from lct_fast.engine import Group, NonFiniteError, OutOfMemoryError, Stats, Trainer, split
+from lct_fast.engine import (
+    Evaluation,
+    Group,
+    Mark,
+    NonFiniteError,
+    OutOfMemoryError,
+    PacketError,
+    PeerError,
+    Stats,
+    Trainer,
+    split,
+)
 from lct_fast.methods import Backprop, Greedy, LocalCritic, Method
 from lct_fast.ops import use_backend
 
@@ -15,12 +26,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backprop",
+    "Evaluation",
     "Greedy",
     "Group",
     "LocalCritic",
+    "Mark",
     "Method",
     "NonFiniteError",
     "OutOfMemoryError",
+    "PacketError",
+    "PeerError",
     "Stats",
     "Trainer",
     "codecs",

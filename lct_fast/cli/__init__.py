@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LCT_TRACEBACK") == "1":
             raise
         # What is wrong with the options is wrong in every process; one says it.
-        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+        if processes.speaks(isinstance(error, ConfigError)):
             print(f"lct-fast {args.command}: {_one_line(error)}", file=sys.stderr, flush=True)
         return processes.refuse()
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -69,6 +70,15 @@ def leave() -> None:
     """The end of a run over processes."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def speaks(everywhere: bool) -> bool:
+    """Whether this process tells of an error; of one that is the same ``everywhere`` only rank 0 does."""
+    if is_first() or not everywhere:
+        return True
+    # The first process to end makes torchrun end the rest.
+    time.sleep(3)
+    return False
 
 
 def refuse() -> int:

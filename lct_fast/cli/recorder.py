@@ -118,7 +118,7 @@ class Recorder:
                 "epoch": -(-self.done // self.per_epoch),
                 "seconds": self.seconds,
                 "loss": losses,
-                "lr": learning_rate(self.trainer.workers),
+                "lr": learning_rate(reversed(self.trainer.workers)),
                 "samples_per_second": self.config.batch_size / seconds if seconds else None,
             }
         )

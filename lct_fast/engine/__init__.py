@@ -1,12 +1,14 @@
 """The engine: groups, what crosses between them, and the schedules that train them. It knows no formula."""
 
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, PacketError, PeerError
+from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.group import Group
 from lct_fast.engine.split import split
 from lct_fast.engine.stats import Mark, Stats
 from lct_fast.engine.trainer import Trainer
 
 __all__ = [
+    "Evaluation",
     "Group",
     "Mark",
     "NonFiniteError",

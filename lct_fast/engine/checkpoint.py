@@ -2,9 +2,9 @@
 
 step-00000120/group-1.safetensors group-1.json ... rng.safetensors manifest.json
 
-A group's files hold its weights, optimisers, schedulers, random state, the slots its critic has yet to learn from, and
-the losses it owes the group before it. They are cut behind one batch and say nothing of processes, so a run may go on
-under another schedule.
+A group's files hold its weights, gradients within an accumulation, optimisers, schedulers, random state, the slots its
+critic has yet to learn from, and the losses it owes the group before it. They are cut behind one batch and say nothing
+of processes, so a run may go on under another schedule.
 """
 
 from __future__ import annotations
@@ -215,6 +215,8 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {f"group.{n}": t for n, t in worker.group.state_dict().items()}
+    # Inside an accumulation there are gradients to keep.
+    tensors |= {f"grad.{n}": p.grad for n, p in worker.group.named_parameters() if p.grad is not None}
     description: dict[str, Any] = {"units": worker.group.units}
     for name in ("optimizer", "critic_optimizer"):
         optimizer = getattr(worker, name)
@@ -233,6 +235,10 @@ def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     worker.group.load_state_dict(_part(tensors, "group."))
+    gradients = _part(tensors, "grad.")
+    for name, parameter in worker.group.named_parameters():
+        gradient = gradients.get(name)
+        parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
     for name in ("optimizer", "critic_optimizer"):
         if description[name] is not None:
             getattr(worker, name).load_state_dict(_unpack(description[name], tensors))

@@ -13,8 +13,8 @@ from lct_fast.engine.exits import Evaluation
 class Stats:
     """What one step did. ``losses`` [K] is the mean loss of each exit, on the device; ``.tolist()`` waits for it.
 
-    ``batch`` is the batch that has been through all groups; in a pipelined run it lags behind the one given to
-    ``step`` and is negative until one is through. Losses not known in this process are NaN.
+    ``batch`` is the batch that has been through all groups. Pipelined in one process it lags behind the one given to
+    ``step``, and is -1 while the pipeline fills. Losses not known in this process are NaN.
     """
 
     batch: int

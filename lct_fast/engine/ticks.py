@@ -58,7 +58,7 @@ class Ticks:
             return done
         first = self.workers[0].device
         unknown = torch.full((len(self.workers),), float("nan"), device=first)
-        return Stats(self.batch - len(self.workers), unknown, 0, self._in_flight())
+        return Stats(-1, unknown, 0, self._in_flight())
 
     def drain(self) -> list[Stats]:
         """Lets every group catch up with group 1; what each computes is the same as without."""

@@ -29,7 +29,14 @@ def write_trace(path: Path, meters: Sequence[GroupMeter], offsets: Sequence[floa
         process = meter.index + 1
         events.append(_name("process_name", process, None, f"group {process}"))
         for row in sorted({e.row for e in meter.events}, key=ROWS.index):
-            events.append(_name("thread_name", process, ROWS.index(row), f"group {process} {row}"))
+            events.append(
+                _name(
+                    "thread_name",
+                    process,
+                    ROWS.index(row),
+                    f"group {process}" if row == "compute" else f"group {process} {row}",
+                )
+            )
         for e in meter.events:
             events.append(
                 {

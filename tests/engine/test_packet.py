@@ -1,0 +1,97 @@
+"""Packets carry shape, layout and type exactly; one that is wrong in any field is refused, never read out of bounds."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lct_fast.engine import PacketError, packet
+from lct_fast.engine.packet import Kind, Packet
+
+TENSORS = {
+    "contiguous": torch.randn(3, 5, 2, 7),
+    "channels last": torch.randn(3, 5, 2, 7).to(memory_format=torch.channels_last),
+    "transposed": torch.randn(4, 6).t(),
+    "bf16, odd bytes": torch.randn(3, 7).bfloat16(),
+    "labels": torch.randint(0, 9, (11,)),
+    "one value": torch.tensor(2.5, dtype=torch.float64),
+    "no rows": torch.empty(0, 4),
+    "size one": torch.randn(1, 8, 1, 1).to(memory_format=torch.channels_last),
+    "codes": torch.randint(0, 255, (13,), dtype=torch.uint8),
+}
+
+
+def _written(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    header = torch.full((packet.WORDS,), -1)
+    # Longer than needed, and poisoned: what is read must have been written.
+    body = torch.full((packet.body_bytes(tensors) + 640,), 0xFF, dtype=torch.uint8)
+    packet.write(Packet(Kind.TRAIN, 41, tensors, value=3), header, body)
+    return header, body
+
+
+@pytest.mark.parametrize("name", list(TENSORS))
+def test_what_is_read_is_what_was_written(name: str) -> None:
+    tensor = TENSORS[name]
+    header, body = _written(tensor, torch.arange(5))
+    packet.stamp(header, 12.25)
+    got = packet.read(header, body)
+    assert (got.kind, got.batch, got.value, got.sent) == (Kind.TRAIN, 41, 3, 12.25)
+    assert torch.equal(got.tensors[0], tensor) and torch.equal(got.tensors[1], torch.arange(5))
+    assert got.tensors[0].dtype == tensor.dtype and got.tensors[0].stride() == tensor.stride()
+    assert (
+        got.tensors[0].data_ptr() % 4 == 0 and got.tensors[0].untyped_storage().data_ptr() == body.data_ptr()
+    )
+
+
+@pytest.mark.parametrize("value", [0.1, -0.0, float("inf"), 1e-310])
+def test_a_float_survives_as_a_word(value: float) -> None:
+    assert str(packet.bits_float(packet.float_bits(value))) == str(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        (0, 17, "expected format"),
+        (1, 0, "packet kind: expected 1..8, got 0"),
+        (1, 99, "packet kind"),
+        (5, -1, "packet size"),
+        (5, 1 << 60, "packet size"),
+        (5, 64, "needs 128 bytes, 64 are left"),
+        (6, 5, "packet tensors: expected 0..4, got 5"),
+        (6, -1, "packet tensors"),
+        (7, 10, "dtype 10"),
+        (7, 1, "needs 256 bytes, 128 are left"),
+        (8, 7, "of 7"),
+        (9, 1 << 40, "not a dense tensor|needs"),
+        (9, -4, "not a dense tensor"),
+        (15, 9, "not a dense tensor"),
+        (16, 0, "not a dense tensor"),
+        (16, -7, "not a dense tensor"),
+    ],
+)
+def test_a_wrong_field_is_named(word: int, value: int, message: str) -> None:
+    header, body = _written(torch.randn(4, 7))
+    assert header[9] == 4 and header[15] == 7 and header[16] == 1
+    header[word] = value
+    with pytest.raises(PacketError, match=message):
+        packet.read(header, body)
+
+
+def test_a_body_that_is_too_short_is_refused() -> None:
+    header, body = _written(torch.randn(4, 7))
+    with pytest.raises(PacketError, match="expected at most 127 bytes, got 128"):
+        packet.read(header, body[:127])
+
+
+def test_what_cannot_travel_is_refused_before_it_does() -> None:
+    header, body = torch.zeros(packet.WORDS, dtype=torch.int64), torch.zeros(4096, dtype=torch.uint8)
+    for tensors, message in [
+        ([torch.zeros(4, 4)[:, ::2]], "strides"),
+        ([torch.zeros(3, dtype=torch.complex64)], "complex64"),
+        ([torch.zeros(1, 1, 1, 1, 1, 1, 1)], "7 dimensions"),
+        ([torch.zeros(1)] * 5, "at most 4 tensors, got 5"),
+    ]:
+        with pytest.raises(PacketError, match=message):
+            packet.write(Packet(Kind.TRAIN, 0, tensors), header, body)
+    assert packet.dense(torch.zeros(4, 4)[:, ::2]).is_contiguous()
+    whole = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert packet.dense(whole) is whole
