@@ -1,0 +1,82 @@
+"""Training in groups, one in each process: without any link, and the pipelined engine's place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lct_fast as lct
+from benchmarks.pipeline_model import Task, in_format
+from benchmarks.pipeline_rivals import Contender, Outputs, Setting, gradients
+from lct_fast.methods import Objective
+
+METHODS: dict[str, Callable[[], lct.Method]] = {"greedy": lct.Greedy, "local-critic": lct.LocalCritic}
+
+
+class LocalGroup:
+    """One group with its optimisers; knows no process and no link."""
+
+    def __init__(self, task: Task, setting: Setting, k: int) -> None:
+        self.method = METHODS[setting.method]()
+        self.group = in_format(task.groups(setting.critic)[k], setting.format).train()
+        self.objective = Objective()
+        joint = self.method.joint_optimizer or self.group.last
+        self.optimizer = task.optimizer((self.group if joint else self.group.layers).parameters())
+        # The method's own, Adam 1e-4, is not asked for by name: a fused one is faster and the same.
+        self.critic_optimizer = (
+            None if joint else torch.optim.Adam(self.group.critic.parameters(), lr=1e-4, fused=True)
+        )
+        # The next group's losses, from nowhere: any vector costs the same.
+        self.feedback = torch.linspace(1.0, 3.0, task.batch)
+
+    def backward(self, x: Tensor, y: Tensor) -> Any:
+        scale = self.objective.scale(y)
+        keep = self.critic_optimizer is not None
+        return self.method.local_step(self.group, x, y, self.objective, scale, keep_slot=keep)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Forward, local backward, update, and the critic's; the mean loss."""
+        result = self.backward(x, y)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.critic_optimizer is not None:
+            self.method.critic_step(self.group.critic, result.slot, self.feedback)
+            self.critic_optimizer.step()
+            self.critic_optimizer.zero_grad()
+        return result.loss.mean()
+
+
+class Ceiling(Contender):
+    """Each process trains its own group on data of its own: what no link can be faster than."""
+
+    def __init__(self, task: Task, setting: Setting, rank: int) -> None:
+        super().__init__(task, setting, rank)
+        self.local = LocalGroup(task, setting, rank)
+        if rank:
+            states = task.states(setting.format)
+            self.data = [(states[i % len(states)], y) for i, (_, y) in enumerate(self.data)]
+
+    def first(self) -> Outputs:
+        loss = self.local.backward(*self.data[0]).loss.mean()
+        named = {"loss": loss, **gradients(self.local.group)}
+        return {f"group{self.rank + 1}.{name}": value for name, value in named.items()}
+
+    def step(self) -> None:
+        self.loss = self.local.step(*self.next())
+
+
+class Decoupled(Contender):
+    """The pipelined engine: group ``rank`` in process ``rank``, linked.
+
+    The plug point. To fill it in: build the engine's part of this process in ``__init__`` out of
+    ``task.groups(setting.critic)``, ``METHODS[setting.method]()``, ``task.optimizer`` and
+    ``in_format``; ``step`` trains on ``self.next()`` and leaves the mean loss in ``self.loss``;
+    ``first`` returns what ``benchmarks.pipeline_check.expected`` says for this kind; ``why_absent`` returns
+    None. Both processes get the same batches in the same order; only process 0 should read the images.
+    """
+
+    @staticmethod
+    def why_absent() -> str | None:
+        """None if this can run here."""
+        return "this version has no pipelined engine"
