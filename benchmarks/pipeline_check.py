@@ -33,28 +33,37 @@ def backprop(task: Task, microbatches: int, format: str, dtype: torch.dtype) -> 
     return {"loss": total, **gradients(model)}
 
 
-def local(task: Task, method: str, critic: str, format: str, dtype: torch.dtype) -> Outputs:
-    """The same of both groups, each by autograd from its head's cross-entropy; group 2 on `Task.states`."""
-    x, y = task.data(format)[0]
+def local(task: Task, setting: Setting, dtype: torch.dtype) -> Outputs:
+    """The same of both groups, each by autograd from its head's cross-entropy.
+
+    Group 2 takes group 1's output where there is a link, and else the first of ``Task.states``.
+    """
+    h, y = task.data(setting.format)[0]
     out: Outputs = {}
-    for k, (group, h) in enumerate(zip(task.groups(critic), (x, task.states(format)[0]), strict=True), 1):
-        in_format(group, format, dtype).train()
-        loss = cross_entropy(group.critic(group.layers(h.to(dtype))), y)
+    for k, group in enumerate(task.groups(setting.critic), 1):
+        in_format(group, setting.format, dtype).train()
+        after = group.layers(h.to(dtype))
+        loss = cross_entropy(group.critic(after), y)
         loss.backward()
-        if not group.last and not METHODS[method]().joint_optimizer:
+        if not group.last and not METHODS[setting.method]().joint_optimizer:
             # Such a critic learns from the next group's loss, later.
             group.critic.zero_grad()
         named = {"loss": loss.detach(), **gradients(group)}
         out |= {f"group{k}.{name}": value for name, value in named.items()}
+        h = task.states(setting.format)[0] if setting.kind == "no link" else after.detach()
     return out
+
+
+def accumulation(setting: Setting) -> int:
+    """Into how many parts, each with a batch norm of its own, a contender divides the batch."""
+    return 2 if setting.kind == "DDP" else setting.microbatches
 
 
 def expected(task: Task, setting: Setting, dtype: torch.dtype) -> Outputs:
     """What ``Contender.first`` of all processes together must be."""
     if setting.method:
-        return local(task, setting.method, setting.critic, setting.format, dtype)
-    count = 2 if setting.kind == "DDP" else setting.microbatches
-    return backprop(task, count, setting.format, dtype)
+        return local(task, setting, dtype)
+    return backprop(task, accumulation(setting), setting.format, dtype)
 
 
 class Verdict(NamedTuple):
@@ -100,8 +109,8 @@ class Judge:
         self._known: dict[tuple[object, ...], tuple[Outputs, Outputs]] = {}
 
     def __call__(self, setting: Setting, got: Outputs) -> Verdict:
-        count = 2 if setting.kind == "DDP" else setting.microbatches
-        key = (setting.method, setting.critic, setting.format, count)
+        grouped = (setting.kind, setting.method, setting.critic) if setting.method else ()
+        key = (*grouped, setting.format, accumulation(setting))
         if key not in self._known:
             self._known[key] = (
                 expected(self.task, setting, torch.float32),

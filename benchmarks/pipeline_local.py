@@ -69,11 +69,20 @@ class Ceiling(Contender):
 class Decoupled(Contender):
     """The pipelined engine: group ``rank`` in process ``rank``, linked.
 
-    The plug point. To fill it in: build the engine's part of this process in ``__init__`` out of
-    ``task.groups(setting.critic)``, ``METHODS[setting.method]()``, ``task.optimizer`` and
-    ``in_format``; ``step`` trains on ``self.next()`` and leaves the mean loss in ``self.loss``;
-    ``first`` returns what ``benchmarks.pipeline_check.expected`` says for this kind; ``why_absent`` returns
-    None. Both processes get the same batches in the same order; only process 0 should read the images.
+    The plug point; fill in the four places and the rest of the benchmark follows.
+
+    ``__init__``: this process's part of the engine, from ``task.groups(setting.critic)``, ``in_format``,
+    ``METHODS[setting.method]()`` and ``task.optimizer``. Both processes hold the same batches in the same order,
+    though only process 0 needs the images.
+
+    ``step``: train on ``self.next()``, and leave the group's mean loss in ``self.loss``. ``run`` calls it, and
+    leaves out of the time the first step of a visit, in which the pipeline fills.
+
+    ``first``: ``group<k>.loss`` and ``group<k>.<parameter>``, as in ``Ceiling.first``, with group 2 on group 1's
+    output; no gradient of a critic that learns late. Where the engine shows no gradients: after one step,
+    those of SGD with momentum are its momentum buffers.
+
+    ``why_absent``: None.
     """
 
     @staticmethod

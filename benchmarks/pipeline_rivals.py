@@ -62,7 +62,7 @@ class Contender:
         return x, y
 
     def first(self) -> Outputs:
-        """Loss and gradients on batch 0 with the first weights, which stay. Called once, before any step."""
+        """Loss and gradients on batch 0 with the first weights. Called before any step; weights may move."""
         raise NotImplementedError
 
     def step(self) -> None:
