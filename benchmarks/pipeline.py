@@ -1,6 +1,6 @@
 """Decoupled training on two CPU processes of one thread against back-propagation over pipelines.
 
-    python -m benchmarks.pipeline --out FILE [--samples 9] [--steps 8]
+    python -m benchmarks.pipeline --out FILE [--samples 8] [--steps 6]
 
 All contenders train the same network on the same batches with the same optimiser, malloc settings and one
 thread a process. Each is set up once in two processes; its first loss and gradients are compared with float64,
@@ -40,14 +40,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.pipeline", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--samples", type=int, default=9, help="of each contender (default: 9)")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a sample (default: 8)")
+    parser.add_argument("--samples", type=int, default=8, help="of each contender (default: 8)")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a sample (default: 6)")
     parser.add_argument(
         "--limit",
         type=float,
-        default=540.0,
+        default=560.0,
         metavar="S",
-        help="no repeats that would exceed it (default: 540 s)",
+        help="no repeats that would exceed it (default: 560 s)",
     )
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny network, any --samples: a trial of the code"
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
     task = Task(widths=TINY_WIDTHS, batch=32) if args.tiny else Task()
     with tempfile.TemporaryDirectory() as folder:
-        plan = Plan(args.samples, args.steps, args.limit)
+        plan = Plan(args.samples, args.steps, args.limit, microbatches=4 if args.tiny else 16)
         spawn(work, (task, plan, folder), nprocs=WORKERS)
         found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
     rows = [report.row(r, found["first"][r["name"]]) for r in found["rows"]]
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit(),
         "batch": task.batch,
+        "steps_a_sample": args.steps,
         "widths": task.widths,
         "dtype": "float32",
         "optimizer": f"SGD {task.lr}, momentum {task.momentum}, fused",

@@ -16,7 +16,7 @@ LOSS = 64 * torch.finfo(torch.float32).eps
 # Of a gradient, by its norm, beside twice what plain torch is off by in the same format and microbatches.
 GRADIENT = 1e-4
 # What plain torch itself may be off by: a value that rounding moves over a ReLU's kink switches a term of the
-# gradient on or off, which has been seen to move a tensor by 1.1 % in the tiny network. A wrong scale, a lost
+# gradient on or off, which has been seen to move a tensor by 1.1 %, here and in the tiny network. A wrong scale, a lost
 # microbatch or a process left out moves it by 6 % and more.
 KINK = 0.03
 

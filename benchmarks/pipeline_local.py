@@ -11,7 +11,16 @@ from benchmarks.pipeline_model import Task, in_format
 from benchmarks.pipeline_rivals import Contender, Outputs, Setting, gradients
 from lct_fast.methods import Objective
 
-METHODS: dict[str, Callable[[], lct.Method]] = {"greedy": lct.Greedy, "local-critic": lct.LocalCritic}
+
+def fused_adam(params: Any) -> torch.optim.Optimizer:
+    """The paper's optimiser of critics, in one kernel as everybody's SGD here."""
+    return torch.optim.Adam(params, lr=1e-4, fused=True)
+
+
+METHODS: dict[str, Callable[[], lct.Method]] = {
+    "greedy": lct.Greedy,
+    "local-critic": lambda: lct.LocalCritic(critic_optimizer=fused_adam),
+}
 
 
 class LocalGroup:
@@ -23,10 +32,8 @@ class LocalGroup:
         self.objective = Objective()
         joint = self.method.joint_optimizer or self.group.last
         self.optimizer = task.optimizer((self.group if joint else self.group.layers).parameters())
-        # The method's own, Adam 1e-4, is not asked for by name: a fused one is faster and the same.
-        self.critic_optimizer = (
-            None if joint else torch.optim.Adam(self.group.critic.parameters(), lr=1e-4, fused=True)
-        )
+        make = None if joint else self.method.critic_optimizer
+        self.critic_optimizer = make(self.group.critic.parameters()) if make else None
         # The next group's losses, from nowhere: any vector costs the same.
         self.feedback = torch.linspace(1.0, 3.0, task.batch)
 
@@ -73,7 +80,8 @@ class Decoupled(Contender):
 
     ``__init__``: this process's part of the engine, from ``task.groups(setting.critic)``, ``in_format``,
     ``METHODS[setting.method]()`` and ``task.optimizer``. Both processes hold the same batches in the same order,
-    though only process 0 needs the images.
+    though only process 0 needs the images. Several of these contenders live in a process at once: each link
+    needs tags or a process group of its own, and nothing may be under way when ``run`` returns.
 
     ``step``: train on ``self.next()``, and leave the group's mean loss in ``self.loss``. ``run`` calls it, and
     leaves out of the time the first step of a visit, in which the pipeline fills.

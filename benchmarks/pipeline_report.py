@@ -25,6 +25,8 @@ def row(found: Row, first: Row) -> Row:
         "us_p80": p.p80,
         "samples": p.samples,
         "us": [round(visit["us"], 1) for visit in visits],
+        # Of each process, all steps: what is left of us_p50 it spent waiting.
+        "cpu_us_p50": [statistics.median(each) for each in zip(*(v["cpu_us"] for v in visits), strict=True)],
         "foreign_cpu_share": [round(visit["foreign"], 4) for visit in visits],
         "repeated_visits": found["repeated"],
         **first,

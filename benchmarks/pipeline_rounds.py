@@ -37,19 +37,22 @@ ATTEMPTS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: samples of each contender, timed steps of each, seconds that the repeats may fill."""
+    """What to run: samples of each contender, timed steps of each, seconds that the repeats may fill, and the
+    largest number of microbatches."""
 
-    samples: int = 9
-    steps: int = 8
-    limit_s: float = 540.0
+    samples: int = 8
+    steps: int = 6
+    limit_s: float = 560.0
+    microbatches: int = 16
 
 
-def settings() -> list[Setting]:
-    """Every contender at every setting."""
+def settings(most: int = 16) -> list[Setting]:
+    """Every contender at every setting of up to ``most`` microbatches."""
     formats = tuple(FORMATS)
-    out = [Setting("backprop", f, m) for f in formats for m in (1, 2, 4, 8, 16)]
-    out += [Setting("two threads", f, m) for f in formats for m in (1, 2, 4)]
-    out += [Setting(kind, f, m) for kind in ("GPipe", "1F1B") for f in formats for m in (2, 4, 8, 16)]
+    counts = [m for m in (1, 2, 4, 8, 16) if m <= most]
+    out = [Setting("backprop", f, m) for f in formats for m in counts]
+    out += [Setting("two threads", f, m) for f in formats for m in counts if m <= 4]
+    out += [Setting(kind, f, m) for kind in ("GPipe", "1F1B") for f in formats for m in counts if m > 1]
     out += [Setting("DDP", f) for f in formats]
     grouped = (("greedy", POOLED), ("local-critic", POOLED), ("local-critic", CONV))
     kinds = ["no link"] if Decoupled.why_absent() else ["no link", "decoupled"]
@@ -71,7 +74,7 @@ def build(task: Task, setting: Setting, rank: int) -> Contender | None:
 
 
 def visit(contender: Contender | None, steps: int) -> dict[str, Any]:
-    """One sample: seconds a batch, the slowest process counting, and the share of the machine others used."""
+    """One sample: time a batch, the slowest process counting; CPU time a batch of each; what others used."""
     dist.barrier()
     busy, wall = busy_seconds(), time.perf_counter()
     own = time.process_time()
@@ -83,6 +86,7 @@ def visit(contender: Contender | None, steps: int) -> dict[str, Any]:
     foreign = busy_seconds() - busy - sum(part["own"] for part in parts)
     return {
         "us": max(part["seconds"] for part in parts) / steps * 1e6,
+        "cpu_us": [part["own"] / (1 + steps) * 1e6 for part in parts],
         "foreign": max(foreign, 0.0) / wall / (os.cpu_count() or 1),
         "loss": [part["loss"] for part in parts],
     }
@@ -136,12 +140,13 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
     )
     found: dict[str, Any] = {"balance": {}, "first": {}, "failed_checks": []}
     if rank == 0:
-        for critic in (POOLED, CONV):
+        # The other process has nothing to build for the first contender, and waits.
+        for critic in tqdm((POOLED, CONV), desc="balance"):
             setting = Setting("no link", "channels_last", 1, "local-critic", critic)
             found["balance"][critic] = pipeline_balance.measure(task, setting, plan.samples)._asdict()
     judge = Judge(task)
     contenders = []
-    for setting in tqdm(settings(), disable=rank > 0, desc="set-up and checks"):
+    for setting in tqdm(settings(plan.microbatches), disable=rank > 0, desc="set-up and checks"):
         contender = build(task, setting, rank)
         got = merged(gathered(contender.first() if contender else {}))
         verdict = gathered(judge(setting, got) if rank == 0 else None)[0]
