@@ -218,13 +218,21 @@ def test_every_round_begins_with_another_contender() -> None:
     assert by_round == {0: [0, 1, 2], 1: [1, 2, 0], 2: [2, 0, 1], 3: [0, 1, 2]}
 
 
-@pytest.mark.parametrize(("limit_s", "kept", "repeated"), [(1e9, 0.01, 2), (1e-9, 0.5, 0)])
+@pytest.mark.parametrize(
+    ("shares", "limit_s", "kept", "repeated"),
+    [
+        ([0.5, 0.3, 0.01], 1e9, 0.01, 2),
+        # Never quiet: the quietest of all attempts, which is not the last.
+        ([0.5, 0.2, 0.3, 0.4], 1e9, 0.2, 3),
+        ([0.5], 1e-9, 0.5, 0),
+    ],
+)
 def test_a_disturbed_visit_is_made_again_while_there_is_time(
-    limit_s: float, kept: float, repeated: int, monkeypatch: pytest.MonkeyPatch
+    shares: list[float], limit_s: float, kept: float, repeated: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = iter([0.5, 0.3, 0.01])
+    left = iter(shares)
     monkeypatch.setattr(
-        pipeline_rounds, "visit", lambda *_: {"us": 1.0, "foreign": next(shares), "loss": [None, None]}
+        pipeline_rounds, "visit", lambda *_: {"us": 1.0, "foreign": next(left), "loss": [None, None]}
     )
     monkeypatch.setattr(pipeline_rounds.dist, "broadcast", lambda tensor, source: None)
     plan = pipeline_rounds.Plan(samples=1, steps=1, limit_s=limit_s)
