@@ -1,0 +1,167 @@
+"""The two processes of `benchmarks.pipeline`: set-up, checks, and timed visits in turns."""
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from benchmarks import pipeline_balance
+from benchmarks.critic_head_cpu import busy_seconds
+from benchmarks.pipeline_check import Judge, merged
+from benchmarks.pipeline_local import Ceiling, Decoupled
+from benchmarks.pipeline_model import CONV, FORMATS, POOLED, Task
+from benchmarks.pipeline_rivals import Backprop, Contender, DataParallel, Pipeline, Setting, TwoThreads
+
+WORKERS = 2
+BUILDERS: dict[str, type[Contender]] = {
+    "backprop": Backprop,
+    "two threads": TwoThreads,
+    "GPipe": Pipeline,
+    "1F1B": Pipeline,
+    "DDP": DataParallel,
+    "no link": Ceiling,
+    "decoupled": Decoupled,
+}
+# A visit whose share of foreign CPU is above this is made again.
+FOREIGN = 0.05
+ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: samples of each contender, timed steps of each, seconds that the repeats may fill, and the
+    largest number of microbatches."""
+
+    samples: int = 8
+    steps: int = 6
+    limit_s: float = 560.0
+    microbatches: int = 16
+
+
+def settings(most: int = 16) -> list[Setting]:
+    """Every contender at every setting of up to ``most`` microbatches."""
+    formats = tuple(FORMATS)
+    counts = [m for m in (1, 2, 4, 8, 16) if m <= most]
+    out = [Setting("backprop", f, m) for f in formats for m in counts]
+    out += [Setting("two threads", f, m) for f in formats for m in counts if m <= 4]
+    out += [Setting(kind, f, m) for kind in ("GPipe", "1F1B") for f in formats for m in counts if m > 1]
+    out += [Setting("DDP", f) for f in formats]
+    grouped = (("greedy", POOLED), ("local-critic", POOLED), ("local-critic", CONV))
+    kinds = ["no link"] if Decoupled.why_absent() else ["no link", "decoupled"]
+    out += [Setting(kind, "channels_last", 1, method, critic) for kind in kinds for method, critic in grouped]
+    return out
+
+
+def gathered(value: Any) -> list[Any]:
+    """``value`` of every process, in every process. Waits without spinning."""
+    out: list[Any] = [None] * WORKERS
+    dist.all_gather_object(out, value)
+    return out
+
+
+def build(task: Task, setting: Setting, rank: int) -> Contender | None:
+    """This process's part of a contender, None if it has none."""
+    kind = BUILDERS[setting.kind]
+    return kind(task, setting, rank) if rank < kind.processes else None
+
+
+def visit(contender: Contender | None, steps: int) -> dict[str, Any]:
+    """One sample: time a batch, the slowest process counting; CPU time a batch of each; what others used."""
+    dist.barrier()
+    busy, wall = busy_seconds(), time.perf_counter()
+    own = time.process_time()
+    seconds = contender.run(steps) if contender else 0.0
+    own = time.process_time() - own
+    loss = float(contender.loss) if contender and contender.loss is not None else None
+    parts = gathered({"seconds": seconds, "own": own, "loss": loss})
+    wall = time.perf_counter() - wall
+    foreign = busy_seconds() - busy - sum(part["own"] for part in parts)
+    return {
+        "us": max(part["seconds"] for part in parts) / steps * 1e6,
+        "cpu_us": [part["own"] / (1 + steps) * 1e6 for part in parts],
+        "foreign": max(foreign, 0.0) / wall / (os.cpu_count() or 1),
+        "loss": [part["loss"] for part in parts],
+    }
+
+
+def turns(count: int, rounds: int) -> Iterable[tuple[int, int]]:
+    """(round, contender), each round beginning with another contender."""
+    return ((r, (r + k) % count) for r in range(rounds) for k in range(count))
+
+
+def rounds(
+    contenders: list[tuple[Setting, Contender | None]], plan: Plan, rank: int, since: float
+) -> list[Any]:
+    """``plan.samples`` visits of each contender; a visit that others disturbed is made again if time allows."""
+    taken: list[list[dict[str, Any]]] = [[] for _ in contenders]
+    repeated = [0] * len(contenders)
+    begun = time.monotonic() - since
+    total = plan.samples * len(contenders)
+    bar = tqdm(turns(len(contenders), plan.samples), total=total, disable=rank > 0, desc="visits")
+    for done, (_, i) in enumerate(bar):
+        best: dict[str, Any] = {}
+        for attempt in range(ATTEMPTS):
+            sample = visit(contenders[i][1], plan.steps)
+            if not best or sample["foreign"] < best["foreign"]:
+                best = sample
+            repeated[i] += attempt > 0
+            spent = time.monotonic() - since
+            ahead = spent < begun + (plan.limit_s - begun) * (done + 1) / total
+            # Both processes must agree on going on, and their clocks may not.
+            again = torch.tensor(best["foreign"] > FOREIGN and ahead)
+            dist.broadcast(again, 0)
+            if not bool(again):
+                break
+        taken[i].append(best)
+    return [
+        {"setting": asdict(setting), "name": setting.name, "repeated": repeated[i], "visits": taken[i]}
+        for i, (setting, _) in enumerate(contenders)
+    ]
+
+
+def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
+    """Process ``rank``. Process 0 writes ``found.json`` into ``folder``."""
+    since = time.monotonic()
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORKERS,
+        timeout=datetime.timedelta(minutes=3),
+    )
+    found: dict[str, Any] = {"balance": {}, "first": {}, "failed_checks": []}
+    if rank == 0:
+        # The other process has nothing to build for the first contender, and waits.
+        for critic in tqdm((POOLED, CONV), desc="balance"):
+            setting = Setting("no link", "channels_last", 1, "local-critic", critic)
+            found["balance"][critic] = pipeline_balance.measure(task, setting, plan.samples)._asdict()
+    judge = Judge(task)
+    contenders = []
+    for setting in tqdm(settings(plan.microbatches), disable=rank > 0, desc="set-up and checks"):
+        contender = build(task, setting, rank)
+        got = merged(gathered(contender.first() if contender else {}))
+        verdict = gathered(judge(setting, got) if rank == 0 else None)[0]
+        if verdict.wrong is None:
+            contenders.append((setting, contender))
+        else:
+            found["failed_checks"].append(f"{setting.name}: {verdict.wrong}")
+        found["first"][setting.name] = {
+            "first_loss": [float(v) for k, v in got.items() if k.endswith("loss")],
+            "loss_error": verdict.loss,
+            "gradient_error": verdict.gradient,
+        }
+    found["rows"] = rounds(contenders, plan, rank, since)
+    found["seconds"] = time.monotonic() - since
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
