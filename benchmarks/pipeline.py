@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -40,6 +41,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.pipeline", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--trace", type=Path, help="also write a trace of local-critic's first ticks")
     parser.add_argument("--samples", type=int, default=8, help="of each contender (default: 8)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a sample (default: 6)")
     parser.add_argument(
@@ -74,7 +76,6 @@ def main(argv: list[str] | None = None) -> int:
 
     from benchmarks import pipeline_report as report
     from benchmarks.critic_head_cpu import commit, cpu_model
-    from benchmarks.pipeline_local import Decoupled
     from benchmarks.pipeline_model import Task
     from benchmarks.pipeline_rounds import WORKERS, Plan, work
 
@@ -83,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         plan = Plan(args.samples, args.steps, args.limit, microbatches=4 if args.tiny else 16)
         spawn(work, (task, plan, folder), nprocs=WORKERS)
         found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
+        if args.trace:
+            args.trace.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder, "trace-0.json"), args.trace)
     rows = [report.row(r, found["first"][r["name"]]) for r in found["rows"]]
     shares = [share for r in rows for share in r["foreign_cpu_share"]]
     summary = report.summary(rows, {critic: list(b.values()) for critic, b in found["balance"].items()})
@@ -105,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         "optimizer": f"SGD {task.lr}, momentum {task.momentum}, fused",
         **summary,
         "busy_s": found["balance"],
-        "absent": {"decoupled": why} if (why := Decoupled.why_absent()) else {},
+        "meter": found["meter"],
+        "meter_us_a_tick": report.meter_cost(),
         "failed_checks": found["failed_checks"],
         "foreign_cpu_share": round(sum(shares) / len(shares), 4) if shares else None,
         "quiet": report.quiet(rows),

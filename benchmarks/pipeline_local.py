@@ -1,4 +1,4 @@
-"""Training in groups, one in each process: without any link, and the pipelined engine's place."""
+"""Training in groups, one in each process: without any link, and on the pipelined engine."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 import lct_fast as lct
 from benchmarks.pipeline_model import Task, in_format
 from benchmarks.pipeline_rivals import Contender, Outputs, Setting, gradients
+from lct_fast.engine.meter import Tick
 from lct_fast.methods import Objective
 
 
@@ -16,6 +17,10 @@ def fused_adam(params: Any) -> torch.optim.Optimizer:
     """The paper's optimiser of critics, in one kernel as everybody's SGD here."""
     return torch.optim.Adam(params, lr=1e-4, fused=True)
 
+
+# Of ``Tick``: waits for the group before, for room in the link, for the group behind; and of the first of them the
+# part in which the input was on its way.
+SHARES = ("busy", "critic", "input", "room", "feedback", "exposed")
 
 METHODS: dict[str, Callable[[], lct.Method]] = {
     "greedy": lct.Greedy,
@@ -74,26 +79,45 @@ class Ceiling(Contender):
 
 
 class Decoupled(Contender):
-    """The pipelined engine: group ``rank`` in process ``rank``, linked.
+    """The pipelined engine: group ``rank`` in process ``rank``, linked. Process 0 drives, process 1 follows.
 
-    The plug point; fill in the four places and the rest of the benchmark follows.
-
-    ``__init__``: this process's part of the engine, from ``task.groups(setting.critic)``, ``in_format``,
-    ``METHODS[setting.method]()`` and ``task.optimizer``. Both processes hold the same batches in the same order,
-    though only process 0 needs the images. Several of these contenders live in a process at once: each link
-    needs tags or a process group of its own, and nothing may be under way when ``run`` returns.
-
-    ``step``: train on ``self.next()``, and leave the group's mean loss in ``self.loss``. ``run`` calls it, and
-    leaves out of the time the first step of a visit, in which the pipeline fills.
-
-    ``first``: ``group<k>.loss`` and ``group<k>.<parameter>``, as in ``Ceiling.first``, with group 2 on group 1's
-    output; no gradient of a critic that learns late. Where the engine shows no gradients: after one step,
-    those of SGD with momentum are its momentum buffers.
-
-    ``why_absent``: None.
+    ``run`` leaves the first step of a visit out of the time, in which the pipeline fills, as it does for all.
     """
 
-    @staticmethod
-    def why_absent() -> str | None:
-        """None if this can run here."""
-        return "this version has no pipelined engine"
+    def __init__(self, task: Task, setting: Setting, rank: int) -> None:
+        super().__init__(task, setting, rank)
+        self.trainer = lct.Trainer(
+            task.groups(setting.critic),
+            METHODS[setting.method](),
+            schedule="pipelined",
+            optimizer=task.optimizer,
+            channels_last=setting.format == "channels_last",
+        )
+        self.events = None if self.trainer.first else self.trainer.events()
+        self.ticks: list[Tick] = []
+
+    def first(self) -> Outputs:
+        self.step()
+        (worker,) = self.trainer.workers
+        assert worker.optimizer is not None and self.loss is not None
+        # After one step the momentum of SGD is the gradient.
+        momentum = {id(p): state["momentum_buffer"] for p, state in worker.optimizer.state.items()}
+        named = {name: momentum.get(id(p)) for name, p in worker.group.named_parameters()}
+        out = {name: value.clone() for name, value in named.items() if value is not None}
+        return {f"group{self.rank + 1}.{name}": value for name, value in (out | {"loss": self.loss}).items()}
+
+    def step(self) -> None:
+        x, y = self.next()
+        stats = self.trainer.step(x, y) if self.events is None else next(self.events)
+        assert isinstance(stats, lct.Stats)
+        self.loss = stats.losses[self.rank]
+
+    def run(self, steps: int) -> float:
+        seconds = super().run(steps)
+        self.ticks += list(self.trainer.meter.groups[0].ticks)[-steps:]
+        return seconds
+
+    def shares(self) -> dict[str, float]:
+        """How this process's group spent its timed ticks, as shares of their time."""
+        total = sum(tick.seconds for tick in self.ticks)
+        return {name: sum(getattr(tick, name) for tick in self.ticks) / total for name in SHARES}

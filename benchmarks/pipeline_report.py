@@ -1,12 +1,14 @@
 """What the times of `benchmarks.pipeline` say: medians, the best of each kind, efficiency."""
 
 import statistics
+import time
 from collections.abc import Collection
 from typing import Any
 
 from benchmarks.measure import percentiles
 from benchmarks.pipeline_balance import Balance
 from benchmarks.pipeline_model import CONV, POOLED
+from lct_fast.engine.meter import GroupMeter
 
 FOREIGN = 0.05
 PIPELINES = ("GPipe", "1F1B")
@@ -85,6 +87,19 @@ def summary(rows: list[Row], balance: dict[str, list[float]], workers: int = 2) 
             halves = Balance(*balance[critic])
             out |= {f"{prefix}critic_tax": halves.critic_tax, f"{prefix}imbalance": halves.imbalance}
     return out
+
+
+def meter_cost(ticks: int = 2000, spans: int = 14) -> float:
+    """Microseconds of metering a tick of that many spans; more than any here has."""
+    meter = GroupMeter(0)
+    begin = time.perf_counter()
+    for t in range(ticks):
+        meter.begin(t)
+        for _ in range(spans):
+            with meter.span("forward"):
+                pass
+        meter.end()
+    return (time.perf_counter() - begin) / ticks * 1e6
 
 
 def quiet(rows: list[Row]) -> bool:

@@ -19,6 +19,7 @@ from benchmarks.pipeline_check import Judge, merged
 from benchmarks.pipeline_local import Ceiling, Decoupled
 from benchmarks.pipeline_model import CONV, FORMATS, POOLED, Task
 from benchmarks.pipeline_rivals import Backprop, Contender, DataParallel, Pipeline, Setting, TwoThreads
+from lct_fast.engine.trace import write_trace
 
 WORKERS = 2
 BUILDERS: dict[str, type[Contender]] = {
@@ -55,7 +56,7 @@ def settings(most: int = 16) -> list[Setting]:
     out += [Setting(kind, f, m) for kind in ("GPipe", "1F1B") for f in formats for m in counts if m > 1]
     out += [Setting("DDP", f) for f in formats]
     grouped = (("greedy", POOLED), ("local-critic", POOLED), ("local-critic", CONV))
-    kinds = ["no link"] if Decoupled.why_absent() else ["no link", "decoupled"]
+    kinds = ("no link", "decoupled")
     out += [Setting(kind, "channels_last", 1, method, critic) for kind in kinds for method, critic in grouped]
     return out
 
@@ -127,6 +128,18 @@ def rounds(
     ]
 
 
+def metered(contenders: list[tuple[Setting, Contender | None]], folder: Path) -> dict[str, Any]:
+    """What the engine's own meter says of its timed ticks, group by group; the trace of local-critic's first ticks."""
+    out = {}
+    for setting, contender in contenders:
+        if isinstance(contender, Decoupled):
+            out[setting.name] = gathered(contender.shares())
+            meter, offsets = contender.trainer.gather_meter()
+            if (setting.method, setting.critic) == ("local-critic", POOLED):
+                write_trace(folder / f"trace-{contender.rank}.json", meter.groups, offsets)
+    return out
+
+
 def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
     """Process ``rank``. Process 0 writes ``found.json`` into ``folder``."""
     since = time.monotonic()
@@ -160,6 +173,7 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
             "gradient_error": verdict.gradient,
         }
     found["rows"] = rounds(contenders, plan, rank, since)
+    found["meter"] = metered(contenders, Path(folder))
     found["seconds"] = time.monotonic() - since
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
