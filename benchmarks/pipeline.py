@@ -41,7 +41,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.pipeline", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--trace", type=Path, help="also write a trace of local-critic's first ticks")
+    parser.add_argument("--trace", type=Path, help="also write a trace of some ticks of local-critic")
     parser.add_argument("--samples", type=int, default=8, help="of each contender (default: 8)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a sample (default: 6)")
     parser.add_argument(

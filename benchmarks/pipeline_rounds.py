@@ -34,6 +34,8 @@ BUILDERS: dict[str, type[Contender]] = {
 # A visit whose share of foreign CPU is above this is made again.
 FOREIGN = 0.05
 ATTEMPTS = 4
+# Steps in the trace.
+TRACED = 10
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,15 @@ def rounds(
 
 
 def metered(contenders: list[tuple[Setting, Contender | None]], folder: Path) -> dict[str, Any]:
-    """What the engine's own meter says of its timed ticks, group by group; the trace of local-critic's first ticks."""
+    """What the engine's own meter says of its timed ticks, group by group; a trace of local-critic after that."""
     out = {}
     for setting, contender in contenders:
         if isinstance(contender, Decoupled):
             out[setting.name] = gathered(contender.shares())
-            meter, offsets = contender.trainer.gather_meter()
             if (setting.method, setting.critic) == ("local-critic", POOLED):
+                contender.trainer.meter.groups[0].trace_from_here(TRACED)
+                contender.run(TRACED)
+                meter, offsets = contender.trainer.gather_meter()
                 write_trace(folder / f"trace-{contender.rank}.json", meter.groups, offsets)
     return out
 

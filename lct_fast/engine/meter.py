@@ -92,6 +92,7 @@ class GroupMeter:
     def __post_init__(self) -> None:
         self._here: dict[str, float] = defaultdict(float)
         self._exposed = 0.0
+        self._first_traced = WARM_UP
         self._start = 0.0
         self._batch = 0
 
@@ -134,9 +135,14 @@ class GroupMeter:
         """That much of the wait for input was transfer."""
         self._exposed += seconds
 
+    def trace_from_here(self, ticks: int) -> None:
+        """Forgets the trace so far and keeps that of the next ``ticks`` ticks."""
+        self.events.clear()
+        self._first_traced, self.trace_ticks = self.count, ticks
+
     def trace(self, event: Event) -> None:
         """Keeps an event, if it is early enough. Links call this from threads of their own."""
-        if WARM_UP <= self.count < WARM_UP + self.trace_ticks:
+        if 0 <= self.count - self._first_traced < self.trace_ticks:
             self.events.append(event)
 
     @property

@@ -75,7 +75,7 @@ def test_the_trace_keeps_some_ticks_after_the_warm_up_and_opens_as_json(
     write_trace(tmp_path / "trace.json", meters, [0.0, 5.0])
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert names[1, None] == "group 1" and names[2, 0] == "group 2" and names[2, 1] == "group 2 send"
+    assert names[1, None] == "group 1" and names[2, 20] == "group 2" and names[2, 21] == "group 2 send"
     spans = [e for e in events if e["ph"] == "X"]
     forward = [e for e in spans if e["name"] == "forward"]
     assert [e["args"]["batch"] for e in forward if e["pid"] == 1] == [1, 2, 3]
