@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,3 +125,30 @@ def test_processes_that_do_not_fit_are_refused_once(tmp_path: Path) -> None:
         assert done.returncode != 0
         assert done.stderr.count("lct-fast train: ") == 1 and message in done.stderr
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_program_in_the_docs_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    before = (
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "torch.manual_seed(0)\n"
+        "x, y = torch.randn(8, 12), torch.arange(8) % 3\n"
+        "loader = [(x, y)] * 5\n"
+        "model = torch.nn.Sequential()\n"
+        "for name in ('layer1', 'layer2', 'layer3', 'layer4'):\n"
+        "    model.add_module(name, torch.nn.Linear(12, 12 if name != 'layer4' else 3))\n"
+    )
+    after = (
+        "assert net is model\nif trainer.first: print('weights', float(model.layer4.weight.double().sum()))\n"
+    )
+    script = tmp_path / "program.py"
+    script.write_text(before + program + after)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = _run([*launcher, str(script)])
+    assert done.returncode == 0, done.stderr
+    # The last rank printed every batch; rank 0 got the other group's trained weights.
+    assert [line.split()[0] for line in done.stdout.splitlines() if line[0].isdigit()] == list("01234")
+    assert "weights" in done.stdout
