@@ -5,7 +5,8 @@
 All contenders train the same network on the same batches with the same optimiser, malloc settings and one
 thread a process. Each is set up once in two processes; its first loss and gradients are compared with float64,
 and one that fails gets no time and makes the exit status 1. Then they take turns (A B C, B C A, ...): a visit
-is one step untimed and `--steps` timed, the slower process counting. A visit during which other programs took
+is one step untimed and `--steps` timed, the slower process counting. Two short visits of every setting decide which
+settings of each rival go on to the full run. A visit during which other programs took
 more than 5 % of the machine is made again while there is time; where that does not help, `quiet` is false and
 the numbers mean little.
 

@@ -117,6 +117,13 @@ class Decoupled(Contender):
         self.ticks += list(self.trainer.meter.groups[0].ticks)[-steps:]
         return seconds
 
+    def close(self) -> None:
+        if self.events is None:
+            self.trainer.flush()
+            self.trainer.stop()
+        else:
+            list(self.events)
+
     def shares(self) -> dict[str, float]:
         """How this process's group spent its timed ticks, as shares of their time."""
         total = sum(tick.seconds for tick in self.ticks)

@@ -31,14 +31,16 @@ def row(found: Row, first: Row) -> Row:
         "cpu_us_p50": [statistics.median(each) for each in zip(*(v["cpu_us"] for v in visits), strict=True)],
         "foreign_cpu_share": [round(visit["foreign"], 4) for visit in visits],
         "repeated_visits": found["repeated"],
+        "screened_only": found.get("screened_only", False),
         **first,
         "last_loss": visits[-1]["loss"],
     }
 
 
 def fastest(rows: list[Row], kinds: Collection[str], **also: str) -> Row | None:
-    """The row of the least median among these kinds whose fields equal ``also``; None if there is none."""
-    fitting = [r for r in rows if r["kind"] in kinds and all(r[k] == v for k, v in also.items())]
+    """The row of the least median of the full run among these kinds whose fields equal ``also``; None if none."""
+    full = [r for r in rows if not r.get("screened_only")]
+    fitting = [r for r in full if r["kind"] in kinds and all(r[k] == v for k, v in also.items())]
     return min(fitting, key=lambda r: float(r["us_p50"]), default=None)
 
 

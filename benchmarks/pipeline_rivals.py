@@ -69,6 +69,9 @@ class Contender:
         """Train on the next batch."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """The end, in every process."""
+
     def run(self, steps: int) -> float:
         """Train on 1 + ``steps`` batches; seconds of the last ``steps`` in this process.
 

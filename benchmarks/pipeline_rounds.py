@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ BUILDERS: dict[str, type[Contender]] = {
 # A visit whose share of foreign CPU is above this is made again.
 FOREIGN = 0.05
 ATTEMPTS = 4
+# Samples of every setting before the full run, and how many settings of a rival then go on; None is all.
+SCREENED = 2
+FINALISTS = {"backprop": 3, "two threads": 1, "GPipe": 2, "1F1B": 2, "DDP": 1}
 # Steps in the trace.
 TRACED = 10
 
@@ -144,6 +147,14 @@ def metered(contenders: list[tuple[Setting, Contender | None]], folder: Path) ->
     return out
 
 
+def kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that go on to the full run: of each rival the fastest settings, everything else."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: min(visit["us"] for visit in row["visits"])):
+        by_kind.setdefault(row["setting"]["kind"], []).append(row)
+    return [row for kind, found in by_kind.items() for row in found[: FINALISTS.get(kind)]]
+
+
 def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
     """Process ``rank``. Process 0 writes ``found.json`` into ``folder``."""
     since = time.monotonic()
@@ -176,9 +187,17 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
             "loss_error": verdict.loss,
             "gradient_error": verdict.gradient,
         }
-    found["rows"] = rounds(contenders, plan, rank, since)
+    screen = replace(plan, samples=SCREENED, steps=max(plan.steps // 2, 1), limit_s=plan.limit_s / 3)
+    rows = rounds(contenders, screen, rank, since)
+    names = gathered([row["name"] for row in kept(rows)])[0]
+    rows = [row | {"screened_only": True} for row in rows if row["name"] not in names]
+    rows += rounds([c for c in contenders if c[0].name in names], plan, rank, since)
+    found["rows"] = rows
     found["meter"] = metered(contenders, Path(folder))
     found["seconds"] = time.monotonic() - since
+    for _, contender in contenders:
+        if contender:
+            contender.close()
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.barrier()

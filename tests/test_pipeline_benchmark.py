@@ -218,6 +218,27 @@ def test_every_round_begins_with_another_contender() -> None:
     assert by_round == {0: [0, 1, 2], 1: [1, 2, 0], 2: [2, 0, 1], 3: [0, 1, 2]}
 
 
+def test_the_fastest_settings_of_each_rival_go_on() -> None:
+    def found(kind: str, *times: float) -> list[dict[str, Any]]:
+        return [
+            {"name": f"{kind} {us}", "setting": {"kind": kind}, "visits": [{"us": 999.0}, {"us": us}]}
+            for us in times
+        ]
+
+    rows = found("DDP", 3, 1, 2) + found("backprop", 4, 1, 2, 3) + found("decoupled", 9, 8)
+    names = {row["name"] for row in pipeline_rounds.kept(rows)}
+    assert names == {"DDP 1", "backprop 1", "backprop 2", "backprop 3", "decoupled 9", "decoupled 8"}
+
+
+def test_a_screened_setting_is_never_the_fastest() -> None:
+    row = {"kind": "1F1B", "us_p50": 1.0, "screened_only": True}
+    assert pipeline_report.fastest([row], ["1F1B"]) is None
+    assert (
+        pipeline_report.fastest([row, row | {"us_p50": 2.0, "screened_only": False}], ["1F1B"])["us_p50"]
+        == 2.0
+    )  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     ("shares", "limit_s", "kept", "repeated"),
     [

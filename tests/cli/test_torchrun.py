@@ -152,3 +152,28 @@ def test_the_program_in_the_docs_runs(tmp_path: Path) -> None:
     # The last rank printed every batch; rank 0 got the other group's trained weights.
     assert [line.split()[0] for line in done.stdout.splitlines() if line[0].isdigit()] == list("01234")
     assert "weights" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_all_with_status_1(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import torch, torch.distributed as dist\n"
+        "import lct_fast as lct\n"
+        "torch.set_num_threads(1)\n"
+        "dist.init_process_group('gloo')\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 3))\n"
+        "x, y = torch.randn(8, 6), torch.arange(8) % 3\n"
+        "trainer = lct.Trainer(lct.split(model, example_input=x, split_points=['1']), lct.LocalCritic(),\n"
+        "                      schedule='pipelined')\n"
+        "if trainer.first:\n"
+        "    while True: trainer.step(x, y)\n"
+        "for event in trainer.events():\n"
+        "    if event.batch == 5: raise ValueError('group 2 had enough')\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = _run([*launcher, str(script)])
+    assert done.returncode == 1
+    assert "group 2 had enough" in done.stderr and "terminate called" not in done.stderr
+    assert "lost the process of group 2" in done.stderr or "SIGTERM" in done.stderr
+    assert "(SIGABRT)" not in done.stderr
