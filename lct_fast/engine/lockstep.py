@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lct_fast.codecs import Codec
-from lct_fast.engine.packet import dense
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.worker import Worker
 
@@ -41,8 +40,9 @@ class Lockstep:
                 before.receive_feedback(batch, result.loss.detach().to(before.device))
                 worker.owe(batch, result.loss)
             if not worker.last:
-                h, size = hand_over(worker, self.codec, result.h)
-                sent += size
+                packet = worker.encode(self.codec, result.h)
+                sent += packet.nbytes
+                h = self.codec.decode(packet, result.h.dtype)
             meter.end()
         for worker in self.workers:
             worker.learn(batch)
@@ -57,13 +57,3 @@ class Lockstep:
         """Every critic learns from all feedback it is owed."""
         for worker in self.workers:
             worker.flush(self.batch)
-
-
-def hand_over(worker: Worker, codec: Codec, h: Tensor) -> tuple[Tensor, int]:
-    """What the group behind gets of ``h`` inside one process, and the bytes that would travel; both are counted."""
-    with worker.meter.span("encode"):
-        packet = dense(codec.encode(h))
-        size = packet.numel() * packet.element_size()
-        worker.meter.wire_bytes += size
-        worker.meter.raw_bytes += h.numel() * 4
-        return codec.decode(packet, h.dtype), size

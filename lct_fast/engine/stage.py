@@ -200,15 +200,10 @@ class Stage:
     def _send(self, batch: int, h: Tensor, target: Tensor, losses: Tensor) -> int:
         if self.outbox is None:
             return 0
-        meter = self.worker.meter
-        with meter.span("encode"):
-            payload = wire.dense(self.codec.encode(h))
-        sent = payload.numel() * payload.element_size()
-        meter.wire_bytes += sent
-        meter.raw_bytes += h.numel() * 4
+        payload = self.worker.encode(self.codec, h)
         tensors = [payload, wire.dense(target), losses]
         self.outbox.put(Packet(Kind.TRAIN, batch, tensors, value=_DTYPES.index(h.dtype)))
-        return sent
+        return payload.nbytes
 
     def _take_feedback(self, through: int) -> None:
         """Waits for the feedback that is due; what came early stays in its slot."""

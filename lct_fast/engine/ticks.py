@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lct_fast.codecs import Codec
-from lct_fast.engine.lockstep import hand_over
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.worker import Worker
 
@@ -109,7 +108,8 @@ class Ticks:
         cargo.losses.append(worker.mean(result.loss, target))
         sent = 0
         if not worker.last:
-            h, sent = hand_over(worker, self.codec, result.h)
+            packet = worker.encode(self.codec, result.h)
+            sent, h = packet.nbytes, self.codec.decode(packet, result.h.dtype)
             self.waiting[k + 1] = _Cargo(batch, h, target, cargo.losses, self._ready(h))
         if worker.owes(batch):
             self._give_back(k, batch, result.loss)

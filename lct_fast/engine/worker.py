@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lct_fast.codecs import Codec
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
 from lct_fast.engine.exits import score
 from lct_fast.engine.group import Group
 from lct_fast.engine.meter import GroupMeter
+from lct_fast.engine.packet import dense
 from lct_fast.engine.random_stream import RandomStream
 from lct_fast.methods import LocalStep, Method, Objective, Slot
 from lct_fast.methods.method import OptimizerFactory
@@ -144,6 +146,14 @@ class Worker:
         if result.slot is not None:
             self.pending.append(Pending(batch, result.slot))
         return result
+
+    def encode(self, codec: Codec, h: Tensor) -> Tensor:
+        """What travels of h_k: dense, and counted."""
+        with self.meter.span("encode"):
+            packet = dense(codec.encode(h))
+        self.meter.wire_bytes += packet.nbytes
+        self.meter.raw_bytes += h.numel() * 4
+        return packet
 
     def mean(self, loss: Tensor, target: Tensor) -> Tensor:
         """Mean of a per-sample loss [N] over the rows that count, on the device."""

@@ -187,4 +187,5 @@ def _process(rank: int, count: int, port: int, folder: str, work: Callable[..., 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     torch.save(work(*args), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    # A test that loses a process leaves links that nothing closes.
+    os._exit(0)
