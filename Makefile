@@ -26,6 +26,7 @@ lint: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.critic_head_cpu --out benchmarks/results/critic_head_cpu.json
+	$(BIN)/python -m benchmarks.pipeline --out benchmarks/results/pipeline.json
 
 # Recompiles the native module in place after a change under csrc/.
 build: $(VENV)/installed

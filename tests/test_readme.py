@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.pipeline_model import POOLED
 from lct_fast.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,29 @@ def test_cifar10_table_is_the_result_file() -> None:
             gaps = loaded["points_behind_backprop"][name]
             assert (short_gap, long_gap) == (f"{gaps['1x']:.2f}", f"{gaps['3x']:.2f}"), name
     assert len(rows) * 2 == len(accuracy)
+
+
+def test_pipeline_table_is_the_result_file() -> None:
+    loaded = json.loads((ROOT / "benchmarks/results/pipeline.json").read_text())
+    found = {row["contender"]: row for row in loaded["rows"]}
+    rows = _rows("Two CPU processes of one thread")
+    for shown, *cells in rows:
+        name = shown.replace("pooled critic", POOLED).replace("conv critic", "conv_fc")
+        row = found[name]
+        eta = loaded["t1_us"] / (2 * row["us_p50"])
+        assert cells == [f"{row[f'us_{p}'] / 1e3:.1f}" for p in ("p50", "p20", "p80")] + [f"{eta:.3f}"], name
+    names = [shown for shown, *_ in rows]
+    assert loaded["best_pipeline"] in names and loaded["t1"] in names
+    said = README[README.index("Two CPU processes of one thread") : README.index("CIFAR-10, 12,500")]
+    for value in (
+        f"eta {loaded['eta']:.3f}",
+        f"{loaded['ratio_to_best_pipeline']:.2f} of the time",
+        f"{100 * loaded['critic_tax']:.1f} %",
+        f"{100 * loaded['imbalance']:.1f} %",
+        f"eta {loaded['eta_ceiling']:.3f}",
+        f"{100 * loaded['foreign_cpu_share']:.0f} %",
+    ):
+        assert value in said, value
 
 
 def test_kernel_table_is_the_result_file() -> None:
