@@ -18,6 +18,8 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kDecodeRows = 1024;
 // Words that a task of the packing takes; a multiple of six.
 constexpr int64_t kPackWords = 384;
+// Columns up to which a run's sums are kept twice.
+constexpr int64_t kShortWidth = 8;
 // With two places for each, threads seldom wait for the turn of another's run.
 constexpr int64_t kPlacesPerThread = 2;
 
@@ -73,6 +75,7 @@ size_t plan(VqWork& work, int threads, void* base) {
   work.bits = bits_of(args.codewords);
   work.width = rounded_up(args.depth, 4);
   work.tiles = pieces(args.codewords, kVqTile);
+  work.copies = work.width <= kShortWidth ? 2 : 1;
   work.scratch_bytes = rounded_up(tasks().scratch_bytes(work), kCacheLine);
   work.places_count = std::min<int64_t>(pieces(args.rows, kVqRun), threads > 1 ? threads * kPlacesPerThread : 1);
   const int64_t floats = args.groups * args.codewords * work.width;
@@ -82,8 +85,8 @@ size_t plan(VqWork& work, int threads, void* base) {
   Arena arena(base);
   work.padded_words = arena.take<float>(padded ? floats : 0);
   work.words = padded ? work.padded_words : args.codebook;
-  work.panels = arena.take<float>(args.groups * work.tiles * kVqTile * args.depth + kVqSpare);
-  work.half_norms = arena.take<float>(args.groups * work.tiles * kVqTile + kVqSpare);
+  work.panels = arena.take<float>(args.groups * work.tiles * kVqPitch * args.depth);
+  work.half_norms = arena.take<float>(args.groups * work.tiles * kVqPitch);
   work.scratch = arena.take<char>(work.scratch_bytes * threads);
   work.chunk_sums = arena.take<float>(floats);
   float* total = arena.take<float>(padded ? floats : 0);
@@ -92,7 +95,7 @@ size_t plan(VqWork& work, int threads, void* base) {
   work.ready = arena.take<bool>(work.places_count);
   work.places = arena.take<VqPlace>(work.places_count);
   for (int64_t i = 0; i < work.places_count; ++i) {
-    float* sums = arena.take<float>(floats);
+    float* sums = arena.take<float>(work.copies * floats);
     int32_t* counts = arena.take<int32_t>(args.groups * args.codewords);
     float* slot_scores = arena.take<float>(slots);
     int64_t* slot_rows = arena.take<int64_t>(slots);
@@ -160,17 +163,16 @@ void vq_encode_cpu(const VqEncode& args, int threads) {
     const int64_t first = index % shares * kPackWords;
     task.pack(work, index / shares, first, std::min(kPackWords, args.codewords - first));
   });
-  std::fill_n(work.half_norms + args.groups * work.tiles * kVqTile, kVqSpare, 0.0f);
-  std::fill_n(work.panels + args.groups * work.tiles * kVqTile * args.depth, kVqSpare, 0.0f);
   std::fill_n(work.chunk_sums, words * work.width, 0.0f);
   std::fill_n(work.total_sums, words * work.width, 0.0f);
   std::fill_n(args.counts, words, int64_t{0});
   std::fill_n(args.candidate_scores, slots, 0.0f);
   std::fill_n(work.ready, work.places_count, false);
   for (int64_t i = 0; i < work.places_count; ++i) {
-    std::fill_n(work.places[i].sums, words * work.width, 0.0f);
+    std::fill_n(work.places[i].sums, work.copies * words * work.width, 0.0f);
     std::fill_n(work.places[i].counts, words, 0);
   }
+  for (int slot = 0; slot < threads; ++slot) task.begin(work, slot);
   *args.flag = 0;
 
   InOrder in_order(task, work);

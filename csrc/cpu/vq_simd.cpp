@@ -12,6 +12,9 @@ constexpr int kVectors = 4;
 constexpr int kVectors = 1;
 #endif
 
+// A step of its own: inlined, the steps of a block would fight over registers, and profiles would mix them.
+#define LCT_APART __attribute__((noinline))
+
 LCT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- arithmetic that gives the same bits on every instruction set -------------------------------------
@@ -28,8 +31,6 @@ LCT_INLINE Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 LCT_INLINE Vec where_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
 }
-// A bit for each lane where a == b.
-LCT_INLINE unsigned equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 
 // Four floats of each of sixteen rows, turned: at(i) is where row i's begin.
 template <class At>
@@ -60,10 +61,6 @@ LCT_INLINE Vec smaller(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256
 LCT_INLINE Vec where_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
-}
-LCT_INLINE unsigned equal(Vec a, Vec b) {
-  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ))) |
-         static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ))) << 8;
 }
 template <class At>
 LCT_INLINE void four_columns_of_eight(At at, int first, __m256& x, __m256& y, __m256& z, __m256& w) {
@@ -122,9 +119,21 @@ LCT_INLINE Vec where_less(Vec a, Vec b, Vec x, Vec y) {
   for (int i = 0; i < kLanes; ++i) y.v[i] = a.v[i] < b.v[i] ? x.v[i] : y.v[i];
   return y;
 }
-LCT_INLINE unsigned equal(Vec a, Vec b) {
+struct Eight {
+  float v[8];
+};
+LCT_INLINE Eight load_eight(const float* p) {
+  Eight x;
+  for (int i = 0; i < 8; ++i) x.v[i] = p[i];
+  return x;
+}
+LCT_INLINE Eight minus_product(float a, Eight b, Eight c) {
+  for (int i = 0; i < 8; ++i) c.v[i] = fused(-a, b.v[i], c.v[i]);
+  return c;
+}
+LCT_INLINE unsigned equal(Eight a, float b) {
   unsigned bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= (a.v[i] == b.v[i] ? 1u : 0u) << i;
+  for (int i = 0; i < 8; ++i) bits |= (a.v[i] == b ? 1u : 0u) << i;
   return bits;
 }
 template <class At>
@@ -133,6 +142,21 @@ LCT_INLINE void four_columns(At at, Vec (&out)[4]) {
     for (int j = 0; j < 4; ++j) out[j].v[i] = at(i)[j];
 }
 
+#endif
+
+#if defined(__AVX2__)
+// Eight floats, for the words of one tile.
+struct Eight {
+  __m256 v;
+};
+LCT_INLINE Eight load_eight(const float* p) { return {_mm256_loadu_ps(p)}; }
+LCT_INLINE Eight minus_product(float a, Eight b, Eight c) {
+  return {_mm256_fnmadd_ps(_mm256_set1_ps(a), b.v, c.v)};
+}
+// A bit for each lane where a == b.
+LCT_INLINE unsigned equal(Eight a, float b) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(b), _CMP_EQ_OQ)));
+}
 #endif
 
 // Four floats at any address: half a register, where the compiler has one.
@@ -163,24 +187,31 @@ LCT_INLINE Vec load_up_to(const T* p, int64_t n) {
 
 // ---- the codebook -------------------------------------------------------------------------------------
 
+LCT_INLINE float* panel_of(const VqWork& work, int64_t group, int64_t tile) {
+  return work.panels + (group * work.tiles + tile) * kVqPitch * work.args.depth;
+}
+LCT_INLINE float* half_norms_of(const VqWork& work, int64_t group, int64_t tile) {
+  return work.half_norms + (group * work.tiles + tile) * kVqPitch;
+}
+
 void pack(const VqWork& work, int64_t group, int64_t first, int64_t count) {
   const VqEncode& args = work.args;
   const int64_t depth = args.depth;
   const float* from = args.codebook + group * args.codewords * depth;
-  float* panels = work.panels + group * work.tiles * kVqTile * depth;
-  float* half_norms = work.half_norms + group * work.tiles * kVqTile;
+  float* panel = panel_of(work, group, first / kVqTile);
+  float* half_norms = half_norms_of(work, group, first / kVqTile);
   const int64_t end = first + count;
-  for (int64_t k = first; k < (end + kVqTile - 1) / kVqTile * kVqTile; k += kVqTile) {
-    float* panel = panels + k * depth;
+  for (int64_t k = first; k < end; k += kVqTile, half_norms += kVqPitch) {
     float square[kLanes] = {};
-    for (int64_t d = 0; d < depth; ++d) {
+    for (int64_t d = 0; d < depth; ++d, panel += kVqPitch) {
       float six[kLanes] = {};
       for (int64_t c = 0; c < kVqTile; ++c) six[c] = k + c < end ? from[(k + c) * depth + d] : 0.0f;
       const Vec x = load(six);
       store(square, plus_product(x, x, load(square)));
-      for (int64_t c = 0; c < kVqTile; ++c) panel[d * kVqTile + c] = six[c];
+      for (int64_t c = 0; c < kVqPitch; ++c) panel[c] = six[c];
     }
-    for (int64_t c = 0; c < kVqTile; ++c) half_norms[k + c] = k + c < end ? 0.5f * square[c] : __builtin_inff();
+    for (int64_t c = 0; c < kVqPitch; ++c)
+      half_norms[c] = c < kVqTile && k + c < end ? 0.5f * square[c] : __builtin_inff();
   }
   if (!work.padded_words) return;
   for (int64_t k = first; k < end; ++k) {
@@ -197,7 +228,9 @@ struct Scratch {
   float* rows;      // [64][width]: a group's vectors, where they cannot be read from x as they are
   float* wide;      // [64][groups * depth]: x as floats, where it is not
   int32_t* codes;   // [groups][64]
-  float* least_slot;  // [groups]
+  // Over all runs that this thread has had, whose rows came before: a row that does not surpass them cannot win.
+  float* slot_scores;  // [groups][slots]
+  float* least_slot;   // [groups] the smallest of them
   float* errors;    // [64]
   float* scores;    // [64]
   float* best;      // [64]
@@ -217,6 +250,7 @@ LCT_INLINE int64_t lay_out(const VqWork& work, char* base, Scratch& scratch) {
   scratch.rows = take(work.width * kVqBlock);
   scratch.wide = take(widens(work) ? work.args.groups * work.args.depth * kVqBlock : 0);
   scratch.codes = reinterpret_cast<int32_t*>(take(work.args.groups * kVqBlock));
+  scratch.slot_scores = take(work.args.groups * work.args.slots);
   scratch.least_slot = take(work.args.groups);
   scratch.errors = take(kVqBlock);
   scratch.scores = take(kVqBlock);
@@ -236,7 +270,7 @@ LCT_INLINE void score_tile(const float* columns, const float* panel, const float
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) score[c][v] = broadcast(half_norms[c]);
 #pragma GCC unroll 8
-  for (int64_t d = 0; d < (Depth ? Depth : depth); ++d, columns += kVqBlock, panel += kVqTile) {
+  for (int64_t d = 0; d < (Depth ? Depth : depth); ++d, columns += kVqBlock, panel += kVqPitch) {
     Vec x[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) x[v] = load(columns + v * kLanes);
@@ -258,8 +292,8 @@ LCT_INLINE void score_tile(const float* columns, const float* panel, const float
 template <int Depth>
 void search_of(const VqWork& work, int64_t group, const Scratch& scratch) {
   const int64_t depth = Depth ? Depth : work.args.depth;
-  const float* panels = work.panels + group * work.tiles * kVqTile * depth;
-  const float* half_norms = work.half_norms + group * work.tiles * kVqTile;
+  const float* panels = panel_of(work, group, 0);
+  const float* half_norms = half_norms_of(work, group, 0);
   for (int64_t row = 0; row < kVqBlock; row += kVectors * kLanes) {
     Vec best[kVectors], tile[kVectors];
 #pragma GCC unroll 4
@@ -268,11 +302,11 @@ void search_of(const VqWork& work, int64_t group, const Scratch& scratch) {
       tile[v] = broadcast(0.0f);
     }
     const float* panel = panels;
-    for (int64_t t = 0; t < work.tiles; ++t, panel += kVqTile * depth) {
+    for (int64_t t = 0; t < work.tiles; ++t, panel += kVqPitch * depth) {
       Vec score[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) score[v] = best[v];
-      score_tile<Depth>(scratch.columns + row, panel, half_norms + t * kVqTile, depth, score);
+      score_tile<Depth>(scratch.columns + row, panel, half_norms + t * kVqPitch, depth, score);
       const Vec here = broadcast(static_cast<float>(t));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
@@ -288,7 +322,7 @@ void search_of(const VqWork& work, int64_t group, const Scratch& scratch) {
   }
 }
 
-void search(const VqWork& work, int64_t group, const Scratch& scratch) {
+LCT_APART void search(const VqWork& work, int64_t group, const Scratch& scratch) {
   switch (work.args.depth) {
     case 4: return search_of<4>(work, group, scratch);
     case 8: return search_of<8>(work, group, scratch);
@@ -298,34 +332,32 @@ void search(const VqWork& work, int64_t group, const Scratch& scratch) {
 
 // Which word of the best tile it was: its scores are computed again, in the same steps, with the six words in
 // lanes. Cheaper than to carry an index through the search.
-void resolve(const VqWork& work, int64_t group, const Scratch& scratch) {
-  constexpr int at_once = 4;
+LCT_APART void resolve(const VqWork& work, int64_t group, const Scratch& scratch) {
+  constexpr int at_once = 8;
   const int64_t depth = work.args.depth;
-  const float* panels = work.panels + group * work.tiles * kVqTile * depth;
-  const float* half_norms = work.half_norms + group * work.tiles * kVqTile;
+  const float* panels = panel_of(work, group, 0);
+  const float* half_norms = half_norms_of(work, group, 0);
   int32_t* codes = scratch.codes + group * kVqBlock;
   for (int64_t row = 0; row < kVqBlock; row += at_once) {
-    Vec score[at_once];
+    Eight score[at_once];
     const float* panel[at_once];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < at_once; ++i) {
       const int64_t tile = static_cast<int64_t>(scratch.tile[row + i]);
-      panel[i] = panels + tile * kVqTile * depth;
-      score[i] = load(half_norms + tile * kVqTile);
+      panel[i] = panels + tile * kVqPitch * depth;
+      score[i] = load_eight(half_norms + tile * kVqPitch);
     }
     const float* column = scratch.columns + row;
     for (int64_t d = 0; d < depth; ++d, column += kVqBlock)
-#pragma GCC unroll 4
-      for (int i = 0; i < at_once; ++i)
-        score[i] = minus_product(broadcast(column[i]), load(panel[i] + d * kVqTile), score[i]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+      for (int i = 0; i < at_once; ++i) score[i] = minus_product(column[i], load_eight(panel[i] + d * kVqPitch), score[i]);
+#pragma GCC unroll 8
     for (int i = 0; i < at_once; ++i) {
       const float best = scratch.best[row + i];
-      const unsigned which = equal(score[i], broadcast(best));
+      const unsigned which = equal(score[i], best) | 1u << kVqTile;
       // Where no score was below +inf there is nothing to choose.
-      codes[row + i] = best < __builtin_inff() ? static_cast<int32_t>(scratch.tile[row + i]) * kVqTile +
-                                                     __builtin_ctz(which | 1u << kVqTile)
-                                               : 0;
+      const int32_t code = static_cast<int32_t>(scratch.tile[row + i]) * static_cast<int32_t>(kVqTile);
+      codes[row + i] = best < __builtin_inff() ? code + __builtin_ctz(which) : 0;
     }
   }
 }
@@ -352,7 +384,7 @@ LCT_INLINE const float* floats_of(const VqWork& work, int64_t first, int64_t cou
 }
 
 // The squared error of every row, and whether one was not finite: such a row gets code and error 0.
-bool measure(const VqWork& work, int64_t group, int64_t count, const Scratch& scratch) {
+LCT_APART bool measure(const VqWork& work, int64_t group, int64_t count, const Scratch& scratch) {
   const int64_t width = work.width;
   const float* words = work.words + group * work.args.codewords * width;
   int32_t* codes = scratch.codes + group * kVqBlock;
@@ -380,10 +412,11 @@ bool measure(const VqWork& work, int64_t group, int64_t count, const Scratch& sc
   return true;
 }
 
-// Adds the rows to their words. Codes of -1 are left out, and then read 0.
+// Adds the rows to their words, every second row to the other copy where there is one. Codes of -1 are left out,
+// and then read 0.
 template <int Width>
 LCT_INLINE void add_rows_of(int64_t width, int64_t count, bool some_left_out, const float* from, int64_t stride,
-                            int32_t* codes, float* sums, int32_t* counts) {
+                            int64_t other_copy, int32_t* codes, float* sums, int32_t* counts) {
   for (int64_t row = 0; row < count; ++row) {
     const int32_t code = codes[row];
     if (some_left_out && code < 0) {
@@ -391,15 +424,16 @@ LCT_INLINE void add_rows_of(int64_t width, int64_t count, bool some_left_out, co
       continue;
     }
     ++counts[code];
-    add_to(sums + code * (Width ? Width : width), from + row * stride, Width ? Width : width);
+    float* to = sums + (row & 1) * other_copy;
+    add_to(to + code * (Width ? Width : width), from + row * stride, Width ? Width : width);
   }
 }
 
-void add_rows(int64_t width, int64_t count, bool some_left_out, const float* from, int64_t stride, int32_t* codes,
-              float* sums, int32_t* counts) {
-  if (width == 4) return add_rows_of<4>(width, count, some_left_out, from, stride, codes, sums, counts);
-  if (width == 8) return add_rows_of<8>(width, count, some_left_out, from, stride, codes, sums, counts);
-  return add_rows_of<0>(width, count, some_left_out, from, stride, codes, sums, counts);
+LCT_APART void add_rows(int64_t width, int64_t count, bool some_left_out, const float* from, int64_t stride,
+                        int64_t other_copy, int32_t* codes, float* sums, int32_t* counts) {
+  if (width == 4) return add_rows_of<4>(width, count, some_left_out, from, stride, other_copy, codes, sums, counts);
+  if (width == 8) return add_rows_of<8>(width, count, some_left_out, from, stride, other_copy, codes, sums, counts);
+  return add_rows_of<0>(width, count, some_left_out, from, stride, other_copy, codes, sums, counts);
 }
 
 // How good a candidate each of the 64 rows is; see vq.h.
@@ -417,20 +451,20 @@ LCT_INLINE void score_candidates(int64_t first, const float* errors, float* scor
   }
 }
 
-// Slots are few and soon hold scores that blocks seldom exceed: `least_slot`, the smallest of them, tells.
-void put_forward(const VqWork& work, int64_t group, int64_t first, int64_t count, const Scratch& scratch,
-                 VqPlace& place) {
+LCT_APART void put_forward(const VqWork& work, int64_t group, int64_t first, int64_t count,
+                           const Scratch& scratch, VqPlace& place) {
   float* scores = scratch.scores;
   score_candidates(first, scratch.errors, scores);
   Vec most = load(scores);
   for (int64_t row = kLanes; row < kVqBlock; row += kLanes) most = max(most, load(scores + row));
   if (reduce_max(most) <= scratch.least_slot[group]) return;
   const int64_t slots = work.args.slots;
-  float* best = place.slot_scores + group * slots;
+  float* best = scratch.slot_scores + group * slots;
   int64_t slot = static_cast<int64_t>(static_cast<uint64_t>(first) % kVqChunk % static_cast<uint64_t>(slots));
   for (int64_t row = 0; row < count; ++row) {
     if (scores[row] > best[slot]) {
       best[slot] = scores[row];
+      place.slot_scores[group * slots + slot] = scores[row];
       place.slot_rows[group * slots + slot] = first + row;
     }
     if (++slot == slots) slot = 0;
@@ -441,7 +475,7 @@ void put_forward(const VqWork& work, int64_t group, int64_t first, int64_t count
 }
 
 // Codes of a block of rows to the stream; the block starts with a byte of its own.
-void write_codes(const VqWork& work, int64_t first, int64_t count, const int32_t* codes) {
+LCT_APART void write_codes(const VqWork& work, int64_t first, int64_t count, const int32_t* codes) {
   const int64_t groups = work.args.groups, bits = work.bits;
   uint8_t* to = work.args.codes + first / 8 * groups * bits;
   if (bits == 8 && groups == 1) {
@@ -459,13 +493,38 @@ void write_codes(const VqWork& work, int64_t first, int64_t count, const int32_t
   if (held) *to = static_cast<uint8_t>(pending);
 }
 
+void begin(const VqWork& work, int slot) {
+  Scratch scratch;
+  lay_out(work, work.scratch + slot * work.scratch_bytes, scratch);
+  for (int64_t i = 0; i < work.args.groups * work.args.slots; ++i) scratch.slot_scores[i] = 0.0f;
+  for (int64_t group = 0; group < work.args.groups; ++group) scratch.least_slot[group] = 0.0f;
+}
+
+LCT_APART void turn(const float* from, int64_t stride, int64_t width, float* columns) {
+  for (int64_t row = 0; row < kVqBlock; row += kLanes)
+    for (int64_t d = 0; d < width; d += 4) {
+      Vec column[4];
+      four_columns([&](int i) __attribute__((always_inline)) { return from + (row + i) * stride + d; }, column);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) store(columns + (d + j) * kVqBlock + row, column[j]);
+    }
+}
+
+// Asks for a group's share of the next block of x, which comes while this one is searched.
+LCT_INLINE void bring_next(const VqWork& work, int64_t group, int64_t first, int64_t end) {
+  const int64_t row_bytes = work.args.groups * work.args.depth * (widens(work) ? 2 : 4);
+  const int64_t bytes = least(kVqBlock, end - first) * row_bytes;
+  const char* from = static_cast<const char*>(work.args.x) + first * row_bytes;
+  const int64_t last = (group + 1) * bytes / work.args.groups;
+  for (int64_t i = group * bytes / work.args.groups; i < last; i += 64) prefetch(from + i);
+}
+
 void run(const VqWork& work, int64_t first, int64_t count, VqPlace& place, int slot) {
   const VqEncode& args = work.args;
   Scratch scratch;
   lay_out(work, work.scratch + slot * work.scratch_bytes, scratch);
   const int64_t depth = args.depth, width = work.width, stride = args.groups * depth;
   for (int64_t i = 0; i < args.groups * args.slots; ++i) place.slot_scores[i] = 0.0f;
-  for (int64_t group = 0; group < args.groups; ++group) scratch.least_slot[group] = 0.0f;
   place.flag = false;
   Vec total = broadcast(0.0f);
   for (const int64_t end = first + count; first < end; first += kVqBlock) {
@@ -481,20 +540,15 @@ void run(const VqWork& work, int64_t first, int64_t count, VqPlace& place, int s
         from = scratch.rows;
         from_stride = width;
       }
-      for (int64_t row = 0; row < kVqBlock; row += kLanes)
-        for (int64_t d = 0; d < width; d += 4) {
-          Vec column[4];
-          four_columns(
-              [&](int i) __attribute__((always_inline)) { return from + (row + i) * from_stride + d; }, column);
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) store(scratch.columns + (d + j) * kVqBlock + row, column[j]);
-        }
+      turn(from, from_stride, width, scratch.columns);
+      bring_next(work, group, first + kVqBlock, end);
       search(work, group, scratch);
       resolve(work, group, scratch);
       int32_t* codes = scratch.codes + group * kVqBlock;
       const bool some_left_out = measure(work, group, rows, scratch);
       place.flag |= some_left_out;
-      add_rows(width, rows, some_left_out, from, from_stride, codes,
+      const int64_t other_copy = work.copies > 1 ? args.groups * args.codewords * width : 0;
+      add_rows(width, rows, some_left_out, from, from_stride, other_copy, codes,
                place.sums + group * args.codewords * width, place.counts + group * args.codewords);
       for (int64_t row = rows; row < kVqBlock; ++row) scratch.errors[row] = 0.0f;
       for (int64_t row = 0; row < kVqBlock; row += kLanes) total = add(total, load(scratch.errors + row));
@@ -512,7 +566,8 @@ void fold(VqWork& work, VqPlace& place, bool last) {
   const int64_t words = args.groups * args.codewords, width = work.width;
   if (args.codewords <= 2 * kVqRun) {
     for (int64_t k = 0; k < words; ++k) args.counts[k] += place.counts[k];
-    add_and_clear(work.chunk_sums, place.sums, words * width);
+    for (int64_t copy = 0; copy < work.copies; ++copy)
+      add_and_clear(work.chunk_sums, place.sums + copy * words * width, words * width);
     for (int64_t k = 0; k < words; ++k) place.counts[k] = 0;
   } else {
     // Most words were chosen by no row; their sums are zero, and adding zero changes nothing.
@@ -520,7 +575,8 @@ void fold(VqWork& work, VqPlace& place, bool last) {
       if (place.counts[k] == 0) continue;
       args.counts[k] += place.counts[k];
       place.counts[k] = 0;
-      add_and_clear(work.chunk_sums + k * width, place.sums + k * width, width);
+      for (int64_t copy = 0; copy < work.copies; ++copy)
+        add_and_clear(work.chunk_sums + k * width, place.sums + (copy * words + k) * width, width);
     }
   }
   work.chunk_error += place.squared_error;
@@ -632,7 +688,7 @@ int64_t scratch_bytes(const VqWork& work) {
 
 }  // namespace
 
-const VqTasks vq_tasks = {scratch_bytes, pack, run, fold, finish, narrow, decode};
+const VqTasks vq_tasks = {scratch_bytes, begin, pack, run, fold, finish, narrow, decode};
 
 }  // namespace LCT_SIMD_LEVEL
 }  // namespace lct

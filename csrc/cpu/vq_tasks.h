@@ -5,8 +5,8 @@
 // needs no reduction across lanes, and ties go to the lowest index by themselves:
 //
 //   columns      [depth][64]                             one group's vectors of a block, transposed
-//   panels       [groups][tiles][depth][6]               the codebook, six words side by side
-//   half_norms   [groups][tiles * 6]                     |c|^2 / 2; +inf beside the last word
+//   panels       [groups][tiles][depth][8]               the codebook, six words side by side, then two zeros
+//   half_norms   [groups][tiles][8]                      |c|^2 / 2; +inf beside the last word
 //   words        [groups][codewords][width]              the codebook with rows of whole fours of floats
 //
 // A run of 512 rows is the unit of work: it has sums of its own in one `VqPlace`, and places are folded into
@@ -23,13 +23,13 @@ namespace lct {
 constexpr int64_t kVqChunk = 4096;
 constexpr int64_t kVqRun = 512;
 constexpr int64_t kVqBlock = 64;
+// Words whose scores stay in registers together, and the floats that they take up: one load.
 constexpr int64_t kVqTile = 6;
-// Floats that a vector load may run past the last panel and the last half norm by.
-constexpr int64_t kVqSpare = 16;
+constexpr int64_t kVqPitch = 8;
 
 // What one run of rows adds up to.
 struct VqPlace {
-  float* sums;            // [groups][codewords][width], zeros before and after use
+  float* sums;            // [copies][groups][codewords][width], zeros before and after use
   int32_t* counts;        // [groups][codewords], likewise
   float* slot_scores;     // [groups][slots]
   int64_t* slot_rows;     // [groups][slots]
@@ -42,6 +42,8 @@ struct VqWork {
   int64_t bits;
   int64_t width;  // depth, rounded up to fours
   int64_t tiles;  // of a group
+  // Of a run's sums: short rows on one word would wait for each other's sum to reach memory, so they take turns.
+  int64_t copies;
   float* padded_words;  // null where width is depth
   const float* words;
   float* panels;
@@ -68,6 +70,8 @@ struct VqDecodeWork {
 struct VqTasks {
   // Bytes of scratch that a slot of parallel_for needs.
   int64_t (*scratch_bytes)(const VqWork&);
+  // Readies the scratch of a slot for the first run.
+  void (*begin)(const VqWork&, int slot);
   // Panels, half norms and padded words of words [first, first + count) of a group; first is a multiple of six.
   void (*pack)(const VqWork&, int64_t group, int64_t first, int64_t count);
   // Codes of rows [first, first + count), and what they add up to.
