@@ -478,8 +478,10 @@ LCT_APART void put_forward(const VqWork& work, int64_t group, int64_t first, int
 LCT_APART void write_codes(const VqWork& work, int64_t first, int64_t count, const int32_t* codes) {
   const int64_t groups = work.args.groups, bits = work.bits;
   uint8_t* to = work.args.codes + first / 8 * groups * bits;
-  if (bits == 8 && groups == 1) {
-    for (int64_t row = 0; row < count; ++row) to[row] = static_cast<uint8_t>(codes[row]);
+  if (bits == 8) {
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t row = 0; row < count; ++row)
+        to[row * groups + group] = static_cast<uint8_t>(codes[group * kVqBlock + row]);
     return;
   }
   uint64_t pending = 0;

@@ -1,7 +1,9 @@
 """vq on every backend that it has here, against its definition in float64."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -285,6 +287,45 @@ def test_cpu_gives_the_same_bits_for_every_instruction_set(
             assert_equal_encodings(first_wild, wild.run(), level)
             again = ops.vq_decode(first.codes, case.codebook, shape[0], DTYPES[dtype])
             assert_same_bits("decoded", decoded, again)
+
+
+def rounded(x: Fraction) -> Fraction:
+    """The nearest float of 24 bits, ties to even."""
+    step = Fraction(2) ** (math.floor(math.log2(abs(x))) - 23)
+    return round(x / step) * step
+
+
+def test_a_fused_step_is_rounded_once(levels: list[str]) -> None:
+    """Two words whose scores are equal if it is; a sum that is rounded to double first makes the second less."""
+    native = _native.load()
+    assert native is not None
+    one, tiny = Fraction(1), Fraction(1, 2**54)
+    found = 0
+    for p in range(2**24 - 1, 2**24 - 60000, -2):
+        # -x1 c1 = p q 2^-54 lies 2^-54 above the middle of two floats near 1, the lower of them even.
+        q = pow(p, -1, 2**32) * (2**30 + 1) % 2**32
+        if not 2**22 < q < 2**24 or p * q % 2**32 != 2**30 + 1:
+            continue
+        x1, c1 = -p * Fraction(1, 2**30), q * Fraction(1, 2**24)
+        half = rounded(one + c1 * c1) / 2
+        x0 = half - 1
+        score = rounded(1 + p * q * tiny)
+        # A word (c, 0) with the very same score.
+        near = float(x0) + math.sqrt(float(x0) ** 2 + 2 * float(score))
+        for i in range(-20, 21):
+            c = rounded(Fraction(near)) + i * Fraction(1, 2**23)
+            if rounded(rounded(c * c) / 2 - x0 * c) == score:
+                break
+        else:
+            continue
+        found += 1
+        codebook = torch.tensor([[[float(c), 0.0], [1.0, float(c1)]]])
+        x = torch.tensor([[float(x0), float(x1)]])
+        with ops.use_backend("cpu"):
+            for level in levels:
+                native.set_simd(level)
+                assert ops.vq_encode(x, codebook).codes.tolist() == [0], level
+    assert found
 
 
 def test_skewed_rows_are_counted_as_any_others() -> None:

@@ -21,6 +21,7 @@ SHAPES = {
     (63, 2, 3, 2): "one row short of a block; two words share a byte's bits with the next row",
     (65, 1, 255, 5): "one row past a block; one word short of a byte",
     (130, 5, 257, 4): "codes of nine bits over five groups",
+    (66, 3, 200, 4): "codes of a byte over three groups",
     (513, 2, 16, 12): "one row past a run of 512",
     (70, 1, 4096, 3): "many words, few rows: most are never chosen",
     (67, 1, 6, 128): "as many words as one register tile, deep",

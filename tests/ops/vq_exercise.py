@@ -64,11 +64,25 @@ def exercise(
     )
 
 
+def without_words(codewords: int, device: str, pages: GuardPages | None) -> None:
+    """No word can be chosen, and none beside the codebook may be read for want of one."""
+    case = make(70, 1, codewords, 4, torch.float32, device)
+    x, codebook = case.x, torch.full_like(case.codebook, float("nan"))
+    with pages.allocating() if pages else nullcontext():
+        if pages:
+            x, codebook = pages.copy(x), pages.copy(codebook)
+        out = ops.vq_encode(x, codebook)
+    assert bool(out.flag) and not out.codes.any() and not out.counts.any()
+
+
 def main(backend: str, device: str, few: bool) -> None:
     faulthandler.enable()
     sides = ("",) if device == "cuda" else ("after", "before")
     with ops.use_backend(backend):
         for side in sides:
+            for codewords in (2, 6):
+                print(side, codewords, "without words", flush=True)
+                without_words(codewords, device, GuardPages(side) if side else None)
             # A read is wrong at the far end far more often than at the near one.
             for shape in FEW if few or side == "before" else SHAPES:
                 for dtype in DTYPES:
