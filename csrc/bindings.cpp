@@ -9,6 +9,7 @@ namespace lct::bindings {
 
 // One for each csrc/bindings/<op>.cpp.
 void bind_critic_head(py::module_& module);
+void bind_vq(py::module_& module);
 
 namespace {
 
@@ -55,4 +56,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
 
   bind_critic_head(module);
+  bind_vq(module);
 }

@@ -1,0 +1,95 @@
+"""Runs vq over awkward shapes while memory is watched: by guard pages, or compute-sanitizer.
+
+    python -m tests.ops.vq_exercise BACKEND DEVICE [--few]
+
+Prints each case before it runs, so that the last line names the one that faulted. Exit status 1 where a
+result is wrong.
+"""
+
+import faulthandler
+import sys
+from contextlib import nullcontext
+
+import torch
+
+from lct_fast import ops
+from tests.ladder import GuardPages
+from tests.ops.vq_case import DTYPES, check, make
+
+# (rows, groups, codewords, depth, candidates): each ends in the middle of a block, a vector and a byte.
+SHAPES = [
+    (1, 1, 2, 1, 1),
+    (3, 3, 5, 7, 16),
+    (65, 2, 3, 2, 0),
+    (131, 1, 255, 4, 3),
+    (515, 5, 257, 8, 16),
+    (1027, 1, 300, 20, 16),
+    (67, 2, 13, 130, 5),
+    (9, 1, 4096, 3, 2),
+    (4097, 1, 16, 4, 16),
+]
+FEW = [(65, 2, 3, 2, 0), (515, 5, 257, 8, 16), (67, 2, 13, 130, 5)]
+
+
+def exercise(
+    shape: tuple[int, int, int, int, int], dtype: str, device: str, pages: GuardPages | None
+) -> None:
+    case = make(*shape[:4], DTYPES[dtype], device, shape[4])
+
+    def placed(x: torch.Tensor) -> torch.Tensor:
+        return x if pages is None else pages.copy(x)
+
+    with pages.allocating() if pages else nullcontext():
+        x, codebook = placed(case.x), placed(case.codebook)
+        out = ops.vq_encode(x, codebook, case.candidates)
+        codes = placed(out.codes)
+        decoded = [ops.vq_decode(codes, codebook, shape[0], each) for each in DTYPES.values()]
+        state = ops.VQState(*map(placed, ops.vq_state(codebook)))
+        ops.vq_update(
+            codebook,
+            state,
+            placed(out.counts),
+            placed(out.sums),
+            placed(out.candidates),
+            revive_below=1.0,
+        )
+    # Checked on the host, outside: a device that is watched runs the ops alone.
+    check(case, ops.VQEncoding(*(each.cpu() for each in out)))
+    code = case.numbers(out.codes.cpu())
+    for got in decoded:
+        words = case.codebook.cpu()[torch.arange(shape[1]), code].to(got.dtype)
+        assert torch.equal(got.cpu(), words.view(got.shape))
+    assert not bool(
+        torch.cat([codebook.flatten(), state.counts.flatten(), state.sums.flatten()]).isnan().any()
+    )
+
+
+def without_words(codewords: int, device: str, pages: GuardPages | None) -> None:
+    """No word can be chosen, and none beside the codebook may be read for want of one."""
+    case = make(70, 1, codewords, 4, torch.float32, device)
+    x, codebook = case.x, torch.full_like(case.codebook, float("nan"))
+    with pages.allocating() if pages else nullcontext():
+        if pages:
+            x, codebook = pages.copy(x), pages.copy(codebook)
+        out = ops.vq_encode(x, codebook)
+    assert bool(out.flag) and not out.codes.any() and not out.counts.any()
+
+
+def main(backend: str, device: str, few: bool) -> None:
+    faulthandler.enable()
+    sides = ("",) if device == "cuda" else ("after", "before")
+    with ops.use_backend(backend):
+        for side in sides:
+            for codewords in (2, 6):
+                print(side, codewords, "without words", flush=True)
+                without_words(codewords, device, GuardPages(side) if side else None)
+            # A read is wrong at the far end far more often than at the near one.
+            for shape in FEW if few or side == "before" else SHAPES:
+                for dtype in DTYPES:
+                    print(side, shape, dtype, flush=True)
+                    exercise(shape, dtype, device, GuardPages(side) if side else None)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], sys.argv[2], "--few" in sys.argv[3:])
