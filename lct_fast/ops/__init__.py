@@ -4,6 +4,16 @@ Importing this registers the ops with torch under `torch.ops.lct`; it loads no b
 """
 
 from lct_fast.ops.backend import BackendError, backends, use_backend
+from lct_fast.ops.bn_relu_pool import BnReluPool, bn_relu_pool
 from lct_fast.ops.critic_head import CriticHead, critic_head, critic_head_wgrad
 
-__all__ = ["BackendError", "CriticHead", "backends", "critic_head", "critic_head_wgrad", "use_backend"]
+__all__ = [
+    "BackendError",
+    "BnReluPool",
+    "CriticHead",
+    "backends",
+    "bn_relu_pool",
+    "critic_head",
+    "critic_head_wgrad",
+    "use_backend",
+]
