@@ -114,7 +114,9 @@ def _check(
         if tensor.dim() != 1 or tensor.shape[0] != channels:
             raise ValueError(f"{name} must be [{channels}] to fit x {_shape(x)}, got {_shape(tensor)}")
         if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}; cast it")
+            raise TypeError(
+                f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}; cast it"
+            )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move it with .to(x.device)")
     if given_mean is None and samples * height * width == 1:

@@ -63,8 +63,7 @@ def bn_relu_pool(
     if given_mean is not None and given_var is not None:
         mean, var = given_mean.to(accumulator, copy=True), given_var.to(accumulator, copy=True)
     elif x.numel() == 0:
-        mean = var = wide.new_zeros(x.shape[1])
-        var = var.clone()
+        mean, var = wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1])
     else:
         mean = wide.mean((0, 2, 3))
         var = (wide - _by_channel(mean)).square().mean((0, 2, 3))
@@ -114,7 +113,7 @@ def bn_relu_pool_backward(
         g = g + dy.to(accumulator)
     g = torch.where(z <= 0, 0.0, g)
     if dy is None:
-        dbeta, dgamma = (dpooled * moments).sum((1, 3, 4))
+        dbeta, dgamma = ((dpooled * moment).sum((0, 2, 3)) for moment in moments)
     else:
         dbeta, dgamma = g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
     factor = gamma.to(accumulator) * rstd
