@@ -19,7 +19,7 @@ SHAPES = {
     (9, 33, 4, 4, 4): "windows of one pixel",
     (1, 5, 16, 72, 8): "one sample, 72 columns: whole vectors and half a one",
     (2, 2, 72, 70, 2): "a plane of more than one chunk, windows of 35 columns",
-    (70, 4, 8, 8, 2): "more samples than a chunk has: partial sums are folded",
+    (70, 4, 8, 8, 1): "more samples than a chunk has: partial sums are folded",
 }
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

@@ -21,8 +21,8 @@ from tests.ladder import GuardPages
 from tests.ops.bn_relu_pool_case import DTYPES, FORMATS, Case, check, make
 
 # (N, C, H, W, pool): each ends in the middle of a vector in both formats.
-SHAPES = [(2, 1, 1, 1, 1), (3, 19, 6, 10, 2), (2, 5, 72, 70, 2), (5, 35, 4, 4, 4), (70, 3, 7, 9, 1)]
-FEW = [(3, 19, 6, 10, 2), (5, 35, 4, 4, 4)]
+SHAPES = [(2, 1, 1, 1, 1), (3, 19, 6, 10, 2), (2, 5, 72, 70, 2), (2, 35, 4, 4, 2), (70, 3, 7, 9, 1)]
+FEW = [(3, 19, 6, 10, 2), (2, 35, 4, 4, 2)]
 
 
 def guarded(case: Case, pages: GuardPages) -> Case:

@@ -232,7 +232,7 @@ def test_inputs_that_start_in_the_middle_of_a_vector(place: Place, layout: str, 
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", [(70, 5, 8, 8, 2), (3, 40, 16, 16, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 5, 8, 8, 1), (3, 40, 16, 16, 2)], ids=str)
 def test_same_bits_on_every_run(place: Place, shape: Shape, layout: str) -> None:
     case = make(*shape, layout=layout, device=place.device, with_dy=True)
     first, second = case.run(), case.run()
