@@ -31,12 +31,15 @@ def levels() -> dict[str, list[str]]:
     return found
 
 
-def build(folder: Path, flags: list[str]) -> Path:
-    """tests/native/critic_head.cpp with every CPU kernel, as one program."""
+PROGRAMS = ("bn_relu_pool", "critic_head")
+
+
+def build(folder: Path, flags: list[str]) -> list[Path]:
+    """tests/native/*.cpp, a program each, with every CPU kernel."""
     common = ["-std=c++17", "-g1", "-w", f"-I{CSRC}", f"-I{CSRC / 'include'}", *flags]
     if len(levels()) > 1:
         common.append("-DLCT_X86")
-    jobs = [(ROOT / "tests" / "native" / "critic_head.cpp", "main", [])]
+    jobs = [(ROOT / "tests" / "native" / f"{program}.cpp", f"main.{program}", []) for program in PROGRAMS]
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source.stem.endswith("_simd"):
             jobs += [
@@ -49,10 +52,12 @@ def build(folder: Path, flags: list[str]) -> Path:
         for source, name, extra in jobs
     ]
     assert all(process.wait() == 0 for process in running)
-    program = folder / "critic_head"
-    objects = [str(folder / f"{name}.o") for _, name, _ in jobs]
-    subprocess.run(["g++", *flags, *objects, "-o", str(program), "-pthread", "-ldl"], check=True)
-    return program
+    kernels = [str(folder / f"{name}.o") for _, name, _ in jobs if not name.startswith("main.")]
+    for program in PROGRAMS:
+        main = str(folder / f"main.{program}.o")
+        link = ["g++", *flags, main, *kernels, "-o", str(folder / program), "-pthread", "-ldl"]
+        subprocess.run(link, check=True)
+    return [folder / program for program in PROGRAMS]
 
 
 @needs_compiler
@@ -64,9 +69,10 @@ def build(folder: Path, flags: list[str]) -> Path:
 )
 def test_kernels_under_a_sanitizer(tmp_path: Path, flags: list[str]) -> None:
     """Odd shapes, bad labels, guard pages, every instruction set, against loops in double precision."""
-    done = subprocess.run([str(build(tmp_path, flags))], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    assert re.fullmatch(r"ok \d{3,}\n", done.stdout), done.stdout
+    for program in build(tmp_path, flags):
+        done = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{program.name}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert re.fullmatch(r"ok \d{3,}\n", done.stdout), done.stdout
 
 
 @needs_compiler

@@ -240,15 +240,12 @@ void rows_forward(const BnReluPool& args, BnReluPoolWork& work, int threads) {
   });
 }
 
-// dgamma and dbeta of one channel, and what dx needs of them.
+// dgamma and dbeta of one channel, and what dx needs of them with batch statistics.
 void finish_channel(const BnReluPoolBackward& args, BnReluPoolWork& work, int64_t c, double sum,
                     double moment) {
   args.dbeta[c] = static_cast<float>(sum);
   args.dgamma[c] = static_cast<float>(moment);
-  const double share =
-      work.batch_statistics
-          ? static_cast<double>(work.scale[c]) / static_cast<double>(work.shape.samples * work.map)
-          : 0.0;
+  const double share = static_cast<double>(work.scale[c]) / static_cast<double>(work.shape.samples * work.map);
   work.offset[c] = static_cast<float>(-share * sum);
   work.slope[c] = static_cast<float>(-share * static_cast<double>(work.rstd[c]) * moment);
 }

@@ -9,7 +9,12 @@ namespace {
 constexpr float kSmallest = 1.17549435e-38f;
 
 // Vectors side by side: what one row of a map brings in two cache lines or more.
+#if defined(__AVX2__)
 constexpr int kWide = 4, kPair = 2;
+#else
+// A vector is sixteen scalars already: more would only take longer to compile.
+constexpr int kWide = 1, kPair = 1;
+#endif
 
 #define LCT_MEMBER inline __attribute__((always_inline))
 
@@ -56,7 +61,8 @@ LCT_INLINE Vec sum_of_run(const T* from, int64_t length) {
     for (int v = 0; v < kWide; ++v) sum[v] = add(sum[v], load(from + i + v * kLanes));
   for (; i < length; i += kLanes)
     sum[0] = add(sum[0], load_up_to(from + i, static_cast<int>(least(kLanes, length - i))));
-  return add(add(sum[0], sum[1]), add(sum[2], sum[3]));
+  for (int v = 1; v < kWide; ++v) sum[0] = add(sum[0], sum[v]);
+  return sum[0];
 }
 
 template <class T>
@@ -78,8 +84,10 @@ LCT_INLINE void squares_of_run(const T* from, int64_t length, Vec shift, Vec& su
     s[0] = add(s[0], d);
     q[0] = fma(d, d, q[0]);
   }
-  sum = add(sum, add(add(s[0], s[1]), add(s[2], s[3])));
-  square = add(square, add(add(q[0], q[1]), add(q[2], q[3])));
+  for (int v = 0; v < kWide; ++v) {
+    sum = add(sum, s[v]);
+    square = add(square, q[v]);
+  }
 }
 
 template <class T>
@@ -117,8 +125,10 @@ LCT_INLINE Channel channel_of(const BnReluPoolWork& work, int64_t channel) {
 template <class Body>
 LCT_INLINE void each_column(int64_t width, Body&& body) {
   int64_t column = 0;
-  for (; column + kWide * kLanes <= width; column += kWide * kLanes) body.template run<kWide>(column, kLanes);
-  for (; column + kPair * kLanes <= width; column += kPair * kLanes) body.template run<kPair>(column, kLanes);
+  if (kWide > 1) {
+    for (; column + kWide * kLanes <= width; column += kWide * kLanes) body.template run<kWide>(column, kLanes);
+    for (; column + kPair * kLanes <= width; column += kPair * kLanes) body.template run<kPair>(column, kLanes);
+  }
   for (; column < width; column += kLanes)
     body.template run<1>(column, static_cast<int>(least(kLanes, width - column)));
 }
@@ -340,7 +350,8 @@ void plane_dx_of(const BnReluPoolWork& work, int64_t sample, int64_t channel, in
 template <class Body>
 LCT_INLINE void each_channel(int64_t channels, Body&& body) {
   int64_t c = 0;
-  for (; c + kPair * kLanes <= channels; c += kPair * kLanes) body.template run<kPair>(c, kLanes);
+  if (kPair > 1)
+    for (; c + kPair * kLanes <= channels; c += kPair * kLanes) body.template run<kPair>(c, kLanes);
   for (; c < channels; c += kLanes) body.template run<1>(c, static_cast<int>(least(kLanes, channels - c)));
 }
 

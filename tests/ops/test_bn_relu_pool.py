@@ -278,22 +278,20 @@ def test_every_instruction_set_of_this_cpu(shape: Shape, layout: str, dtype: str
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_cpu_writes_past_the_cache_where_tensors_are_large(layout: str) -> None:
+@pytest.mark.parametrize("sizes", [(300, 16, 32, 32), (290, 17, 32, 34)], ids=str)
+def test_cpu_writes_past_the_cache_where_tensors_are_large(sizes: tuple[int, ...], layout: str) -> None:
     """More than 32 MiB of x and y: another kind of store, and planes that don't fit a thread's scratch."""
     draw = torch.Generator().manual_seed(0)
-    x = (
-        torch.randn(300, 16, 32, 32, generator=draw)
-        .contiguous(memory_format=FORMATS[layout])
-        .requires_grad_()
-    )
-    gamma, beta = torch.randn(16, generator=draw), torch.randn(16, generator=draw)
+    channels, window = sizes[1], (sizes[2] // 2, sizes[3] // 2)
+    x = torch.randn(sizes, generator=draw).contiguous(memory_format=FORMATS[layout]).requires_grad_()
+    gamma, beta = torch.randn(channels, generator=draw), torch.randn(channels, generator=draw)
     with ops.use_backend("cpu"):
         out = ops.bn_relu_pool(x, gamma, beta, pool=2)
         (dx,) = torch.autograd.grad(out.pooled.square().sum(), x)
     # In float64: torch's own fp32 sums over channels_last are off by more than the bound.
     wide = [t.detach().double().requires_grad_() for t in (x, gamma, beta)]
     y = relu(batch_norm(wide[0], None, None, wide[1], wide[2], True))
-    (exact,) = torch.autograd.grad(avg_pool2d(y, 16).square().sum(), wide[0])
+    (exact,) = torch.autograd.grad(avg_pool2d(y, window).square().sum(), wide[0])
     torch.testing.assert_close(out.y.double(), y, rtol=1e-5, atol=1e-5)
     # An element whose z rounds to the other side of 0 has another gradient: there may be a few.
     wrong = ~torch.isclose(dx.double(), exact, rtol=1e-3, atol=1e-6)
