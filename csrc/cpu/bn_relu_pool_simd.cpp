@@ -84,10 +84,13 @@ LCT_INLINE void squares_of_run(const T* from, int64_t length, Vec shift, Vec& su
     s[0] = add(s[0], d);
     q[0] = fma(d, d, q[0]);
   }
-  for (int v = 0; v < kWide; ++v) {
-    sum = add(sum, s[v]);
-    square = add(square, q[v]);
+  // A run is added up by itself first: fewer additions in turn.
+  for (int v = 1; v < kWide; ++v) {
+    s[0] = add(s[0], s[v]);
+    q[0] = add(q[0], q[v]);
   }
+  sum = add(sum, s[0]);
+  square = add(square, q[0]);
 }
 
 template <class T>
