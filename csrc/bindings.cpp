@@ -8,6 +8,7 @@
 namespace lct::bindings {
 
 // One for each csrc/bindings/<op>.cpp.
+void bind_bn_relu_pool(py::module_& module);
 void bind_critic_head(py::module_& module);
 void bind_vq(py::module_& module);
 
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_simd", &set_simd, py::arg("name"), "Use this instruction set from now on; None: the best.");
   module.def("build_info", &build_info);
 
+  bind_bn_relu_pool(module);
   bind_critic_head(module);
   bind_vq(module);
 }

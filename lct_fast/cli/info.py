@@ -56,7 +56,7 @@ def gather() -> dict[str, Any]:
         "devices": [device_name(torch.device("cpu"))]
         + [device_name(torch.device("cuda", i)) for i in range(torch.cuda.device_count())],
         "native": {"build": module.build_info() if module else None, "absent": _native.why_absent()},
-        "backends": {"critic_head": ops.backends("critic_head")},
+        "backends": {name: ops.backends(name) for name in ops.names()},
     }
 
 

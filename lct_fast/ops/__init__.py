@@ -3,18 +3,22 @@
 Importing this registers the ops with torch under `torch.ops.lct`; it loads no binary and compiles nothing.
 """
 
-from lct_fast.ops.backend import BackendError, backends, use_backend
+from lct_fast.ops.backend import BackendError, backends, names, use_backend
+from lct_fast.ops.bn_relu_pool import BnReluPool, bn_relu_pool
 from lct_fast.ops.critic_head import CriticHead, critic_head, critic_head_wgrad
 from lct_fast.ops.vq import VQEncoding, VQState, vq_decode, vq_encode, vq_state, vq_update
 
 __all__ = [
     "BackendError",
+    "BnReluPool",
     "CriticHead",
     "VQEncoding",
     "VQState",
     "backends",
+    "bn_relu_pool",
     "critic_head",
     "critic_head_wgrad",
+    "names",
     "use_backend",
     "vq_decode",
     "vq_encode",

@@ -85,6 +85,11 @@ _OPS: dict[str, Op] = {}
 _choice: str | None = os.environ.get("LCT_BACKEND") or None
 
 
+def names() -> list[str]:
+    """Every op that `backends` knows."""
+    return sorted(_OPS)
+
+
 def backends(name: str) -> dict[str, str]:
     """For every backend of op `name`: "available", or why it cannot run here and what would change that."""
     op = _OPS.get(name)
