@@ -8,6 +8,7 @@
 namespace lct::bindings {
 
 // One for each csrc/bindings/<op>.cpp.
+void bind_block_quantize(py::module_& module);
 void bind_critic_head(py::module_& module);
 
 namespace {
@@ -54,5 +55,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_simd", &set_simd, py::arg("name"), "Use this instruction set from now on; None: the best.");
   module.def("build_info", &build_info);
 
+  bind_block_quantize(module);
   bind_critic_head(module);
 }
