@@ -34,12 +34,9 @@ lct::BlockDequantize dequantize(Address payload, Address scales, Address x, int6
 
 }  // namespace
 
-#define LCT_QUANTIZE_ARGUMENTS                                                                   \
-  py::arg("x"), py::arg("payload"), py::arg("scales"), py::arg("size"), py::arg("block"), py::arg("kind"), \
-      py::arg("dtype")
-#define LCT_DEQUANTIZE_ARGUMENTS                                                                 \
-  py::arg("payload"), py::arg("scales"), py::arg("x"), py::arg("size"), py::arg("block"), py::arg("kind"), \
-      py::arg("dtype")
+#define LCT_CODE_ARGUMENTS py::arg("size"), py::arg("block"), py::arg("kind"), py::arg("dtype")
+#define LCT_QUANTIZE_ARGUMENTS py::arg("x"), py::arg("payload"), py::arg("scales"), LCT_CODE_ARGUMENTS
+#define LCT_DEQUANTIZE_ARGUMENTS py::arg("payload"), py::arg("scales"), py::arg("x"), LCT_CODE_ARGUMENTS
 
 void bind_block_quantize(py::module_& module) {
   module.def(
