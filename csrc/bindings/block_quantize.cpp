@@ -8,7 +8,8 @@ namespace {
 
 lct::BlockKind kind_of(int value) {
   if (value < 0 || value > 3)
-    throw py::value_error("kind must be 0 (int8), 1 (int4), 2 (int2) or 3 (fp8), got " + std::to_string(value));
+    throw py::value_error("kind must be 0 (int8), 1 (int4), 2 (int2) or 3 (fp8), got " +
+                          std::to_string(value));
   return static_cast<lct::BlockKind>(value);
 }
 

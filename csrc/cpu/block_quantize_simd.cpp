@@ -1,8 +1,8 @@
-// Plain loops over a chunk of blocks in cache, which the compiler turns into vectors of any width: all of them work
-// value by value but for two maxima of integers, so every width gives the same bits.
+// Plain loops over a chunk of blocks in cache, which the compiler turns into vectors of any width: all of them
+// work value by value but for two maxima of integers, so every width gives the same bits.
 //
-// No product may be fused with a sum. Here every product goes through integers, to be limited, before anything is
-// added to it. (Limits on floats are branches to a compiler that minds exceptions: they don't become vectors.)
+// No product may be fused with a sum. Here every product goes through integers, to be limited, before anything
+// is added to it. (Limits on floats are branches to a compiler that minds exceptions: they don't become vectors.)
 #include "cpu/block_quantize_tasks.h"
 #include "cpu/simd.h"
 
@@ -74,7 +74,8 @@ LCT_INLINE void narrow_to(T* to, int64_t count, const float* from) {
 
 // The low byte of each code.
 template <BlockKind Kind>
-LCT_INLINE void encode(const float* __restrict x, int64_t n, float inverse, float most, uint8_t* __restrict codes) {
+LCT_INLINE void encode(const float* __restrict x, int64_t n, float inverse, float most,
+                       uint8_t* __restrict codes) {
   for (int64_t i = 0; i < n; ++i) {
     const float y = limited(x[i] * inverse, most);
     if (Kind == BlockKind::fp8) {
@@ -161,7 +162,8 @@ LCT_INLINE uint16_t quantize_block(const float* x, int64_t n, uint8_t* codes) {
 template <BlockKind Kind, class T>
 void quantize_as(const BlockQuantize& args, int64_t first, int64_t count) {
   constexpr int kBits = bits_of_kind(Kind);
-  const int64_t n = whole(args.block), end = (first + count) * n < args.size ? (first + count) * n : args.size;
+  const int64_t n = whole(args.block), last = (first + count) * n;
+  const int64_t end = last < args.size ? last : args.size;
   float x[kChunk];
   uint8_t codes[kChunk] = {}, packed[kChunk];
   for (int64_t start = first * n; start < end; start += kChunk) {
@@ -191,8 +193,8 @@ struct Largest<Bfloat16> {
 };
 
 template <BlockKind Kind>
-LCT_INLINE void decode(const uint8_t* __restrict codes, int64_t n, float scale, bool is_unsigned, float largest,
-                       float* __restrict x) {
+LCT_INLINE void decode(const uint8_t* __restrict codes, int64_t n, float scale, bool is_unsigned,
+                       float largest, float* __restrict x) {
   constexpr int kBits = bits_of_kind(Kind);
   const int32_t half = is_unsigned ? 0 : 1 << (kBits - 1);
   for (int64_t i = 0; i < n; ++i) {
@@ -226,7 +228,8 @@ LCT_INLINE void dequantize_block(const uint8_t* codes, int64_t n, uint16_t scale
 template <BlockKind Kind, class T>
 void dequantize_as(const BlockDequantize& args, int64_t first, int64_t count) {
   constexpr int kBits = bits_of_kind(Kind);
-  const int64_t n = whole(args.block), end = (first + count) * n < args.size ? (first + count) * n : args.size;
+  const int64_t n = whole(args.block), last = (first + count) * n;
+  const int64_t end = last < args.size ? last : args.size;
   float x[kChunk];
   uint8_t packed[kChunk] = {}, codes[kChunk];
   for (int64_t start = first * n; start < end; start += kChunk) {

@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const BlockQuantize 
   if (count == 0) return;
 
   const bool is_unsigned = bits < 8 && most_signed <= kMinusZero;
-  const float most = args.kind == BlockKind::fp8 ? 448.0f
-                                                 : static_cast<float>((1 << (is_unsigned ? bits : bits - 1)) - 1);
+  const int most_code = (1 << (is_unsigned ? bits : bits - 1)) - 1;
+  const float most = args.kind == BlockKind::fp8 ? 448.0f : static_cast<float>(most_code);
   const uint32_t exact = to_bits(from_bits(top) / most);
   const float rounded = from_bits((exact + 0x7fffu + (exact >> 16 & 1u)) & 0xffff0000u);
   const bool finite = top < kInfinity, coded = finite && rounded >= kSmallestScale;
@@ -226,7 +226,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const BlockQuantize 
 }
 
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const BlockDequantize args, const int block_log2) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const BlockDequantize args, const int block_log2) {
   const int64_t thread = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const int64_t first = thread * kValues, rest = args.size - first;
   if (rest <= 0) return;
@@ -246,7 +247,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const BlockDequant
     const uint32_t word = i * bits < 32 ? codes.low >> i * bits : codes.high >> (i * bits - 32);
     const uint32_t code = word & ((1u << bits) - 1);
     const bool is_fp8 = args.kind == BlockKind::fp8;
-    const float value = is_fp8 ? decode_fp8(code) : static_cast<float>((static_cast<int>(code) ^ half) - half);
+    const int whole = (static_cast<int>(code) ^ half) - half;
+    const float value = is_fp8 ? decode_fp8(code) : static_cast<float>(whole);
     x[i] = Format<T>::narrow(limited(__fmul_rn(value, scale), Format<T>::kLargest));
     if (!finite || (is_fp8 && (code & 0x7fu) == 0x7fu)) {
       const auto nan = static_cast<typename Format<T>::Bits>(Format<T>::kNanBits);
@@ -262,13 +264,15 @@ bool aligned(const void* x, const void* payload) {
 
 template <typename T>
 cudaError_t launch_as(const BlockQuantize& args, int block_log2, int64_t blocks, cudaStream_t stream) {
-  const auto kernel = aligned(args.x, args.payload) ? quantize_kernel<T, true> : quantize_kernel<T, false>;
+  const bool whole = aligned(args.x, args.payload);
+  const auto kernel = whole ? quantize_kernel<T, true> : quantize_kernel<T, false>;
   return launch(kernel, blocks, kThreads, 0, stream, args, block_log2);
 }
 
 template <typename T>
 cudaError_t launch_as(const BlockDequantize& args, int block_log2, int64_t blocks, cudaStream_t stream) {
-  const auto kernel = aligned(args.x, args.payload) ? dequantize_kernel<T, true> : dequantize_kernel<T, false>;
+  const bool whole = aligned(args.x, args.payload);
+  const auto kernel = whole ? dequantize_kernel<T, true> : dequantize_kernel<T, false>;
   return launch(kernel, blocks, kThreads, 0, stream, args, block_log2);
 }
 

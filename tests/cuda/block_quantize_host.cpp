@@ -36,7 +36,8 @@ void fail(const char* format, Arguments... args) {
 // Memory of exactly this size, `skip` bytes past malloc's alignment, all bits set.
 class Buffer {
  public:
-  Buffer(int64_t bytes, int64_t skip) : bytes_(bytes), memory_(static_cast<char*>(std::malloc(skip + bytes))) {
+  Buffer(int64_t bytes, int64_t skip)
+      : bytes_(bytes), memory_(static_cast<char*>(std::malloc(skip + bytes))) {
     data_ = memory_.get() + skip;
     std::memset(memory_.get(), 0xff, skip + bytes);
   }
@@ -75,7 +76,8 @@ std::string quantize(const Case& c, const std::string& in) {
   const Buffer scales(2 * c.scales(), 2 * c.offset);
   x.fill(in, 0);
   const cudaError_t error = lct::block_quantize_cuda(
-      {x.as<void>(), payload.as<uint8_t>(), scales.as<uint16_t>(), c.size, c.block, c.kind, c.dtype}, 0, nullptr);
+      {x.as<void>(), payload.as<uint8_t>(), scales.as<uint16_t>(), c.size, c.block, c.kind, c.dtype}, 0,
+      nullptr);
   if (error != cudaSuccess) fail("block_quantize_cuda returns %d", static_cast<int>(error));
   return payload.bytes() + scales.bytes();
 }
@@ -86,7 +88,8 @@ std::string dequantize(const Case& c, const std::string& in) {
   payload.fill(in, 0);
   scales.fill(in, c.payload());
   const cudaError_t error = lct::block_dequantize_cuda(
-      {payload.as<uint8_t>(), scales.as<uint16_t>(), x.as<void>(), c.size, c.block, c.kind, c.dtype}, 0, nullptr);
+      {payload.as<uint8_t>(), scales.as<uint16_t>(), x.as<void>(), c.size, c.block, c.kind, c.dtype}, 0,
+      nullptr);
   if (error != cudaSuccess) fail("block_dequantize_cuda returns %d", static_cast<int>(error));
   return x.bytes();
 }
@@ -143,11 +146,11 @@ int main(int count, char** words) {
     const Buffer x(4 * 70, 0), payload(70, 0), scales(2 * 2, 0);
     x.fill(std::string(4 * 70, '\0'), 0);
     const auto kind = lct::BlockKind::int8;
-    check_launch<lct::BlockQuantize>({x.as<void>(), payload.as<uint8_t>(), scales.as<uint16_t>(), 70, 64, kind,
-                                      lct::DType::f32},
+    check_launch<lct::BlockQuantize>({x.as<void>(), payload.as<uint8_t>(), scales.as<uint16_t>(), 70, 64,
+                                      kind, lct::DType::f32},
                                      lct::block_quantize_cuda);
-    check_launch<lct::BlockDequantize>({payload.as<uint8_t>(), scales.as<uint16_t>(), x.as<void>(), 70, 64, kind,
-                                        lct::DType::f32},
+    check_launch<lct::BlockDequantize>({payload.as<uint8_t>(), scales.as<uint16_t>(), x.as<void>(), 70, 64,
+                                        kind, lct::DType::f32},
                                        lct::block_dequantize_cuda);
     return failures ? 1 : 0;
   }

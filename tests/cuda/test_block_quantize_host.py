@@ -67,7 +67,7 @@ def test_same_bits(program: Path, size: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_of_special_values(program: Path, kind: str, block: int) -> None:
     for seed, dtype in enumerate(DTYPES.values()):
-        compare(program, make(3500, dtype, signed=seed == 1, seed=seed, special=True), kind, block, 0)
+        compare(program, make(3700, dtype, signed=seed == 1, seed=seed, special=True), kind, block, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -44,7 +44,8 @@ class Guarded {
     const int64_t page = sysconf(_SC_PAGESIZE);
     const int64_t inner = (bytes / page + 1) * page;
     size_ = static_cast<size_t>(inner + 2 * page);
-    base_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    base_ = static_cast<char*>(
+        mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (base_ == MAP_FAILED || mprotect(base_, static_cast<size_t>(page), PROT_NONE) ||
         mprotect(base_ + page + inner, static_cast<size_t>(page), PROT_NONE)) {
       std::perror("guard pages");
@@ -102,7 +103,8 @@ double level_of(BlockKind kind, uint32_t code, bool is_unsigned) {
     return code >> 7 ? -size : size;
   }
   const int bits = kind == BlockKind::int8 ? 8 : kind == BlockKind::int4 ? 4 : 2, half = 1 << (bits - 1);
-  return is_unsigned ? static_cast<double>(code) : static_cast<double>((static_cast<int>(code) ^ half) - half);
+  const int whole = static_cast<int>(code);
+  return is_unsigned ? whole : (whole ^ half) - half;
 }
 
 double bfloat16(double x) {
@@ -111,7 +113,8 @@ double bfloat16(double x) {
   return std::ldexp(std::nearbyint(std::ldexp(x, 8 - exponent)), exponent - 8);
 }
 
-void run(int64_t size, int64_t block, BlockKind kind, DType dtype, bool at_end, bool with_bad, lct::SimdLevel level) {
+void run(int64_t size, int64_t block, BlockKind kind, DType dtype, bool at_end, bool with_bad,
+         lct::SimdLevel level) {
   const int bits = kind == BlockKind::int4 ? 4 : kind == BlockKind::int2 ? 2 : 8;
   const int64_t bytes = (size * bits + 7) / 8, blocks = (size + block - 1) / block;
   const int64_t element = dtype == DType::f32 ? 4 : 2;
@@ -123,7 +126,8 @@ void run(int64_t size, int64_t block, BlockKind kind, DType dtype, bool at_end, 
   Guarded x(size * element, at_end);
   for (int64_t i = 0; i < size; ++i) {
     // Exponents of a block lie within 16 powers of two; every third block has no sign.
-    const uint32_t sign = i / block % 3 == 0 ? 0u : 0x80000000u, far = static_cast<uint32_t>(i / block % 7) << 23;
+    const uint32_t sign = i / block % 3 == 0 ? 0u : 0x80000000u;
+    const uint32_t far = static_cast<uint32_t>(i / block % 7) << 23;
     put(x.as<void>(), i, dtype, (draw() & (0x07ffffffu | sign)) + (0x39000000u & 0x7f800000u) + far);
   }
   if (with_bad && size > 3 * block) put(x.as<void>(), 2 * block + 1, dtype, 0x7fffffffu);
@@ -175,7 +179,8 @@ void run(int64_t size, int64_t block, BlockKind kind, DType dtype, bool at_end, 
         const double exact = level * scale, got = value_of(back.as<void>(), i, dtype);
         const double unit = dtype == DType::f32 ? 0 : dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
         const double largest = dtype == DType::f16 ? 65504 : 3.4e38;
-        const bool near = std::fabs(got - exact) <= unit * std::fabs(exact) + (dtype == DType::f16 ? 0x1p-25 : 0);
+        const double smallest = dtype == DType::f16 ? 0x1p-25 : 0;
+        const bool near = std::fabs(got - exact) <= unit * std::fabs(exact) + smallest;
         expect(near || (std::fabs(exact) > largest && std::fabs(got) == largest), at + ": value", i);
       }
     }

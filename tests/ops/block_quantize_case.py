@@ -32,7 +32,7 @@ def make(
 ) -> Tensor:
     """[size] values whose blocks differ in magnitude; without sign half of them are zeros, as after ReLU.
 
-    With `special`, some runs of 16 hold NaN, Inf, -0, the ends of float32's range, subnormals, or halves.
+    With `special`, runs of 256 hold NaN, Inf, -0, the ends of float32's range, subnormals, or halves.
     """
     draw = torch.Generator().manual_seed(size * 31 + seed)
     x = torch.randn(size, generator=draw)
@@ -45,6 +45,7 @@ def make(
             torch.tensor([-float("inf"), 0.0]),
             torch.tensor([-0.0]),
             torch.tensor([0.0, -0.0, 2.0**-149]),
+            torch.tensor([1.0, -0.0, 0.3]),
             torch.tensor([3.4e38, -3.4e38, 1.0]),
             torch.tensor([3.4e38, 1e38, 1.0]),
             torch.tensor([2.0**-100, 2.0**-107, 0.9 * 2.0**-101]),
