@@ -7,8 +7,8 @@
 //     block_quantize_host launch
 //         devices, streams, failing calls, sizes that are refused
 //
-// OFFSET moves every buffer by so many elements past malloc's alignment. Each case runs with several orders of
-// threads; exit status 1 and a line for what is wrong. Built with AddressSanitizer, every buffer has its exact
+// OFFSET 1 moves the values, 2 the payload, by one element past malloc's alignment. Each case runs with several
+// orders of threads; exit status 1 and a line for what is wrong. Built with AddressSanitizer, every buffer has its exact
 // size, so that an access past one stops the program.
 #include <cstdint>
 #include <cstdio>
@@ -72,8 +72,9 @@ struct Case {
 };
 
 std::string quantize(const Case& c, const std::string& in) {
-  const Buffer x(c.size * c.element(), c.offset * c.element()), payload(c.payload(), c.offset);
-  const Buffer scales(2 * c.scales(), 2 * c.offset);
+  const Buffer x(c.size * c.element(), c.offset == 1 ? c.element() : 0);
+  const Buffer payload(c.payload(), c.offset == 2);
+  const Buffer scales(2 * c.scales(), c.offset ? 2 : 0);
   x.fill(in, 0);
   const cudaError_t error = lct::block_quantize_cuda(
       {x.as<void>(), payload.as<uint8_t>(), scales.as<uint16_t>(), c.size, c.block, c.kind, c.dtype}, 0,
@@ -83,8 +84,9 @@ std::string quantize(const Case& c, const std::string& in) {
 }
 
 std::string dequantize(const Case& c, const std::string& in) {
-  const Buffer x(c.size * c.element(), c.offset * c.element()), payload(c.payload(), c.offset);
-  const Buffer scales(2 * c.scales(), 2 * c.offset);
+  const Buffer x(c.size * c.element(), c.offset == 1 ? c.element() : 0);
+  const Buffer payload(c.payload(), c.offset == 2);
+  const Buffer scales(2 * c.scales(), c.offset ? 2 : 0);
   payload.fill(in, 0);
   scales.fill(in, c.payload());
   const cudaError_t error = lct::block_dequantize_cuda(

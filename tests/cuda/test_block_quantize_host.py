@@ -9,7 +9,7 @@ from torch import Tensor
 from lct_fast.reference import block_quantize as reference
 from tests.cuda.host_build import CSRC, HERE, build, check
 from tests.ladder import assert_same_bits
-from tests.ops.block_quantize_case import BLOCKS, DTYPES, KINDS, make
+from tests.ops.block_quantize_case import BLOCKS, DTYPES, KINDS, make, scale_ties
 
 # Sizes: why.
 SIZES = {
@@ -57,8 +57,8 @@ def compare(program: Path, x: Tensor, kind: str, block: int, offset: int) -> Non
 @pytest.mark.parametrize("size", SIZES)
 def test_same_bits(program: Path, size: int, kind: str) -> None:
     for turn, dtype in enumerate(DTYPES.values()):
-        for offset in (0, 1):
-            block = BLOCKS[(turn + 2 * offset + size) % 4]
+        for offset in (0, 1, 2):
+            block = BLOCKS[(turn + offset + size) % 4]
             x = make(size, dtype, signed=(turn + offset) % 2 == 0, seed=turn)
             compare(program, x, kind, block, offset)
 
@@ -68,6 +68,12 @@ def test_same_bits(program: Path, size: int, kind: str) -> None:
 def test_same_bits_of_special_values(program: Path, kind: str, block: int) -> None:
     for seed, dtype in enumerate(DTYPES.values()):
         compare(program, make(3700, dtype, signed=seed == 1, seed=seed, special=True), kind, block, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_round_half_to_even(program: Path, kind: str) -> None:
+    for signed in (False, True):
+        compare(program, scale_ties(kind, signed=signed), kind, 32, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -62,6 +62,16 @@ def make(
     return x.to(dtype).to(device)
 
 
+def scale_ties(kind: str, *, signed: bool) -> Tensor:
+    """[128 * 32] float32: the scale of each block of 32 lies halfway between two of bfloat16."""
+    bits = reference.BITS[kind]
+    most = 448 if kind == "fp8" else 2 ** (bits - 1) - 1 if signed or bits == 8 else 2**bits - 1
+    x = torch.rand(128, 32, generator=torch.Generator().manual_seed(3))
+    x[:, 9] = most * (1 + (2 * torch.arange(128) + 1) / 256)
+    x[:, 10] = -0.5 if signed else 0.0
+    return x.flatten()
+
+
 def check(x: Tensor, kind: str, block: int, out_dtype: torch.dtype) -> None:
     """Both ops, on the backend in force, have the reference's bits."""
     flat = x.cpu().reshape(-1)

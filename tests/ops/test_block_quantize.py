@@ -7,7 +7,7 @@ from torch import Tensor
 from lct_fast import _native, ops
 from lct_fast.reference import block_quantize as reference
 from tests.ladder import Place, assert_same_bits
-from tests.ops.block_quantize_case import BLOCKS, DTYPES, KINDS, PLACES, SIZES, check, make
+from tests.ops.block_quantize_case import BLOCKS, DTYPES, KINDS, PLACES, SIZES, check, make, scale_ties
 
 
 @pytest.fixture(params=PLACES, ids=str)
@@ -37,6 +37,17 @@ def test_same_bits_of_special_values(where: Place, kind: str, block: int, dtype:
         for seed in range(4):
             x = make(14 * 256 + 9, DTYPES[dtype], signed=seed % 2 == 0, seed=seed, special=True)
             check(x.to(where.device), kind, block, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_round_half_to_even(where: Place, kind: str) -> None:
+    """Division by `most` is exact there; a product with its inverse would fall to either side."""
+    with ops.use_backend(where.backend):
+        for signed in (False, True):
+            x = scale_ties(kind, signed=signed)
+            check(x.to(where.device), kind, 32, torch.float32)
+            scales = ops.block_quantize(x.to(where.device), kind, 32).scales.float().abs().cpu()
+            assert scales.tolist() == [1 + 2 * ((k + 1) // 2) / 128 for k in range(128)]
 
 
 def every_float(step: int) -> Tensor:
