@@ -9,6 +9,7 @@ namespace lct::bindings {
 
 // One for each csrc/bindings/<op>.cpp.
 void bind_bn_relu_pool(py::module_& module);
+void bind_block_quantize(py::module_& module);
 void bind_critic_head(py::module_& module);
 void bind_vq(py::module_& module);
 
@@ -57,6 +58,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
 
   bind_bn_relu_pool(module);
+  bind_block_quantize(module);
   bind_critic_head(module);
   bind_vq(module);
 }

@@ -4,17 +4,21 @@ Importing this registers the ops with torch under `torch.ops.lct`; it loads no b
 """
 
 from lct_fast.ops.backend import BackendError, backends, names, use_backend
+from lct_fast.ops.block_quantize import BlockQuantized, block_dequantize, block_quantize
 from lct_fast.ops.bn_relu_pool import BnReluPool, bn_relu_pool
 from lct_fast.ops.critic_head import CriticHead, critic_head, critic_head_wgrad
 from lct_fast.ops.vq import VQEncoding, VQState, vq_decode, vq_encode, vq_state, vq_update
 
 __all__ = [
     "BackendError",
+    "BlockQuantized",
     "BnReluPool",
     "CriticHead",
     "VQEncoding",
     "VQState",
     "backends",
+    "block_dequantize",
+    "block_quantize",
     "bn_relu_pool",
     "critic_head",
     "critic_head_wgrad",

@@ -38,6 +38,9 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -47,6 +50,8 @@ template <typename T>
 void __stwb(T* to, T value) {
   *to = value;
 }
+
+inline float __fmul_rn(float a, float b) { return a * b; }
 
 using std::max;
 using std::min;

@@ -13,7 +13,10 @@ SOURCES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 
 # Registers a thread, by file and kernel, that still let as many threads stay on a multiprocessor as the kernel
 # was written for: 65536 registers / (256 threads * 2 blocks) = 128; for fold_kernel 2048 threads.
-REGISTERS = {"critic_head": {"head_kernel": 128, "wgrad_kernel": 128, "fold_kernel": 32}}
+REGISTERS = {
+    "block_quantize": {"15quantize_kernel": 32, "dequantize_kernel": 32},
+    "critic_head": {"head_kernel": 128, "wgrad_kernel": 128, "fold_kernel": 32},
+}
 # Kernels take shared memory dynamically, where the launcher checks it.
 STATIC_SHARED_BYTES = 0
 
@@ -121,3 +124,19 @@ def test_critic_head_moves_quads(ptx: tuple[str, str]) -> None:
         resident = [body for name, body in bodies.items() if re.search(rf"head_kernelI{dtype}Lb.ELb1E", name)]
         assert len(resident) == 2
         assert not any(re.search(r"\b(ld|st)\.(v\d\.)?[fub]\d+", body) for body in resident + wgrad)
+
+
+def test_block_quantize_moves_16_bytes(ptx: tuple[str, str]) -> None:
+    source, code = ptx
+    if source != "block_quantize":
+        return
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)^}", code, re.DOTALL | re.MULTILINE))
+    for dtype in ("f", "6__half", "13__nv_bfloat16"):
+        # Lb1: kAligned. The name's length tells quantize_kernel from the end of the other's.
+        (there,) = [body for name, body in bodies.items() if f"15quantize_kernelI{dtype}Lb1" in name]
+        (back,) = [body for name, body in bodies.items() if f"17dequantize_kernelI{dtype}Lb1" in name]
+        assert re.search(r"ld\.global(\.nc)?\.v(4\.[fub]32|8\.[ub]16|2\.[ub]64)", there), dtype
+        assert re.search(r"st\.global(\.wb)?\.v4\.[ub]32", back), dtype
+        # A fused product and sum would round once instead of twice. Divisions are rounded: see above.
+        for body in (there, back):
+            assert not re.search(r"\bfma\.", body)
