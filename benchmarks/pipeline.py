@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     out = {
         "benchmark": "pipeline",
         "what": "one training step of a small CNN on a batch, microseconds; eta = T_1 / (2 T_2)",
-        "command": f"python -m benchmarks.pipeline {' '.join(sys.argv[1:] if argv is None else argv)}",
+        "command": f"python -m benchmarks.pipeline --out FILE --samples {args.samples} --steps {args.steps} "
+        f"--limit {args.limit:g}",
         "tiny": args.tiny,
         "device": cpu_model(),
         "cores": os.cpu_count(),

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,46 +54,28 @@ class Stage:
         early = max(worker.settings.feedback_delay, 1) + 1
         learns = worker.settings.method.uses_feedback
         before, behind = ranks.rank - 1, ranks.rank + 1
-        self.inbox = None if self.first else self._inbox(before, _FORWARD, DEPTH, "receive")
-        self.outbox = None if self.last else self._outbox(behind, _FORWARD, "send")
-        self.feedback = self.owing = None
+        self.inbox = None if self.first else Inbox(**self._end(before, _FORWARD, DEPTH, "receive"))
+        self.outbox = None if self.last else Outbox(**self._end(behind, _FORWARD, DEPTH, "send"))
+        self.feedback: Inbox | None = None
+        self.owing: Outbox | None = None
         if learns and not self.last:
-            self.feedback = self._inbox(behind, _BACKWARD, early, "receive feedback")
+            self.feedback = Inbox(**self._end(behind, _BACKWARD, early, "receive feedback"))
         if learns and not self.first:
-            self.owing = self._outbox(before, _BACKWARD, "send feedback")
-
+            self.owing = Outbox(**self._end(before, _BACKWARD, DEPTH, "send feedback"))
         atexit.register(self._abandon)
 
-    def _inbox(self, peer: int, direction: int, depth: int, row: str) -> Inbox:
-        worker = self.worker
-        return Inbox(
-            self._transport(peer, direction),
-            depth,
-            worker.device,
-            worker.meter,
-            row,
-            self._who(peer),
-            self.ranks.ahead,
-        )
-
-    def _outbox(self, peer: int, direction: int, row: str) -> Outbox:
-        worker = self.worker
-        return Outbox(
-            self._transport(peer, direction),
-            DEPTH,
-            worker.device,
-            worker.meter,
-            row,
-            self._who(peer),
-            self.ranks.ahead,
-        )
-
-    def _transport(self, peer: int, direction: int) -> ProcessTransport:
+    def _end(self, peer: int, direction: int, depth: int, row: str) -> dict[str, Any]:
+        """The arguments of this process's end of a link to ``peer``."""
         data = self.ranks.backward if direction == _BACKWARD else self.ranks.forward
-        return ProcessTransport(peer, data, self.ranks.control, direction)
-
-    def _who(self, peer: int) -> str:
-        return f"the process of group {peer + 1} ({self.ranks.places[peer]})"
+        return {
+            "transport": ProcessTransport(peer, data, self.ranks.control, direction),
+            "depth": depth,
+            "device": self.worker.device,
+            "meter": self.worker.meter,
+            "row": row,
+            "peer": f"the process of group {peer + 1} ({self.ranks.places[peer]})",
+            "ahead": self.ranks.ahead,
+        }
 
     # What the first group's process does.
 
