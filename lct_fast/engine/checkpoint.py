@@ -28,7 +28,7 @@ from lct_fast.engine.worker import Pending, Worker
 from lct_fast.methods import Slot
 
 FORMAT = 2
-_COUNTERS = ("wire_bytes", "raw_bytes", "feedback_bytes")
+_COUNTERS = ("samples", "wire_bytes", "raw_bytes", "feedback_bytes")
 
 
 class CheckpointError(ValueError):
@@ -102,7 +102,6 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
                     raise CheckpointError(f"{path} lacks the feedback of batch {pending.batch}")
                 pending.next_loss = owed[pending.batch].to(worker.device)
     trainer.batch = manifest["batch"]
-    trainer.meter.samples = manifest["samples"]
     _restore_random_states(rng)
     return manifest["extra"]
 
@@ -137,7 +136,6 @@ def _complete(trainer: Trainer, partial: Path, final: Path, extra: dict[str, Any
         "batch": trainer.batch,
         "method": trainer.method.name,
         "units": [g.units for g in trainer.groups],
-        "samples": trainer.meter.samples,
         "extra": extra,
         "sha256": {name: _sha256(partial / name) for name in named},
     }

@@ -73,7 +73,8 @@ class GroupMeter:
     Attributes:
         seconds: per name of span, over all ticks but the warm-up.
         ticks: the latest 1,000.
-        wire_bytes, raw_bytes: sent forward, and what fp32 would have been. feedback_bytes: received from behind.
+        samples: trained on.
+        wire_bytes, raw_bytes: sent forward, and what fp32 would have been. feedback_bytes: from behind, applied.
     """
 
     index: int
@@ -84,6 +85,7 @@ class GroupMeter:
     ticks: deque[Tick] = field(default_factory=lambda: deque(maxlen=1000))
     count: int = 0
     total: float = 0.0
+    samples: int = 0
     wire_bytes: int = 0
     raw_bytes: int = 0
     feedback_bytes: int = 0
@@ -174,8 +176,12 @@ class Meter:
 
     def __init__(self, groups: Sequence[GroupMeter]) -> None:
         self.groups = list(groups)
-        self.samples = 0
         self.step_seconds: deque[float] = deque(maxlen=1000)
+
+    @property
+    def samples(self) -> int:
+        """Samples that the first of the groups trained on."""
+        return self.groups[0].samples
 
     @property
     def wire_bytes(self) -> int:

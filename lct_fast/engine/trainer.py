@@ -198,7 +198,6 @@ class Trainer:
         start = time.perf_counter()
         stats = self._run.step(x, y)
         self.meter.step_seconds.append(time.perf_counter() - start)
-        self.meter.samples += len(x)
         return stats
 
     def events(self) -> Iterator[Event]:
@@ -232,12 +231,12 @@ class Trainer:
         """
         if self.ranks is None:
             return self.meter, [0.0] * len(self.groups)
-        mine = (self.workers[0].meter, self.meter.samples, self.meter.step_seconds, self.ranks.ahead)
+        mine = (self.workers[0].meter, self.meter.step_seconds, self.ranks.ahead)
         everyone: list[Any] = [None] * self.ranks.size
         dist.all_gather_object(everyone, mine, group=self.ranks.control)
         meter = Meter([one[0] for one in everyone])
-        meter.samples, meter.step_seconds = everyone[0][1], everyone[-1][2]
-        return meter, [one[3] for one in everyone]
+        meter.step_seconds = everyone[-1][1]
+        return meter, [one[2] for one in everyone]
 
     def settle(self) -> None:
         """As ``drain``, and what it finished is told by the next ``drain``."""

@@ -143,6 +143,7 @@ class Worker:
                 f"shared, use inplace=False in the first layer after it"
             )
         self._check_finite(batch, result.loss)
+        self.meter.samples += len(h)
         if result.slot is not None:
             self.pending.append(Pending(batch, result.slot))
         return result
@@ -195,7 +196,6 @@ class Worker:
         for pending in self.pending:
             if pending.batch == batch:
                 pending.next_loss = next_loss
-                self.meter.feedback_bytes += next_loss.numel() * next_loss.element_size()
                 return
         raise RuntimeError(f"group {self.index + 1} keeps no slot for the feedback of batch {batch}")
 
@@ -236,6 +236,7 @@ class Worker:
                 raise RuntimeError(
                     f"group {self.index + 1}: the feedback of batch {pending.batch} is missing"
                 )
+            self.meter.feedback_bytes += pending.next_loss.nbytes
             with self.meter.span("critic update"):
                 self.settings.method.critic_step(self.critic, pending.slot, pending.next_loss)
 

@@ -113,6 +113,14 @@ def test_killed_processes_go_on_where_the_last_checkpoint_was(tmp_path: Path) ->
     again = _run(_torchrun(2, "--groups", "2", "--resume", "--out", str(killed)))
     assert again.returncode == 0, again.stderr
     _same_records(killed, whole)
+    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (killed, whole))
+    for key in (
+        "test_accuracy",
+        "wire_bytes_per_sample",
+        "raw_bytes_per_sample",
+        "feedback_bytes_per_sample",
+    ):
+        assert ours[key] == theirs[key], key
 
 
 @pytest.mark.slow
