@@ -308,15 +308,19 @@ def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
     for row in rows.values():
         assert row["samples"] == len(row["us"]) == len(row["foreign_cpu_share"]) == 2
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
-        alone = row["kind"] in ("backprop", "two threads")
-        assert row["cpu_us_p50"][0] > 0 and (row["cpu_us_p50"][1] < row["cpu_us_p50"][0] / 100) == alone
+        assert row["cpu_us_p50"][0] > 0
+        # The process that has nothing to do waits without spinning.
+        if row["kind"] in ("backprop", "two threads"):
+            assert row["cpu_us_p50"][1] < row["cpu_us_p50"][0] / 2
     # Batch norm sees microbatches: a pipeline's loss is that of plain accumulation over as many.
     first = {(r["kind"], r["format"], r["microbatches"]): r["first_loss"] for r in rows.values()}
     for kind, format, count in itertools.product(("GPipe", "1F1B"), ("contiguous", "channels_last"), (2, 4)):
         assert first[kind, format, count] == pytest.approx(first["backprop", format, count], rel=1e-5)
     assert first["DDP", "contiguous", 1] == pytest.approx(first["backprop", "contiguous", 2], rel=1e-5)
     assert first["backprop", "contiguous", 2] != pytest.approx(first["backprop", "contiguous", 1], rel=1e-5)
-    assert report["t1_us"] == min(r["us_p50"] for r in rows.values() if r["kind"] == "backprop")
+    full = [r for r in rows.values() if not r["screened_only"]]
+    assert 0 < len(full) < len(rows)
+    assert report["t1_us"] == min(r["us_p50"] for r in full if r["kind"] == "backprop")
     assert report["eta_ceiling"] == pytest.approx(
         report["t1_us"] / 2 / rows[f"no link, local-critic, {POOLED}, channels_last"]["us_p50"]
     )
