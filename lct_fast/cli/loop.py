@@ -92,6 +92,16 @@ def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Evaluatio
     return result
 
 
+def end(trainer: Trainer) -> None:
+    """Ends a run in which nothing is left to do."""
+    if trainer.ranks is None:
+        return
+    if trainer.first:
+        trainer.stop()
+    else:
+        list(trainer.events())
+
+
 def _saves(config: Config, recorder: Recorder, done: int) -> bool:
     """Whether a checkpoint is due after ``done`` batches; the last one comes after the flush."""
     every = config.checkpoint_every

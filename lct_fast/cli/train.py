@@ -83,6 +83,7 @@ def train(
     if found is not None:
         recorder.restore(checkpoint.load(trainer, found))
     if resume and trainer.batch >= steps and folder.summary.exists():
+        loop.end(trainer)
         processes.leave()
         return json.loads(folder.summary.read_text()) if trainer.last else None
     if trainer.first and not resume:

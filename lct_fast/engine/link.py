@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ class _Slot:
 
 
 @dataclass
-class _End:
+class _End(ABC):
     """What both ends share.
 
     Args:
@@ -87,8 +88,9 @@ class _End:
             self.free.put(None)
             self.full.put(None)
 
+    @abstractmethod
     def _loop(self) -> None:
-        raise NotImplementedError
+        """Moves packets until the end of the stream, in the thread."""
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.stream) if self.stream is not None else nullcontext()

@@ -121,6 +121,10 @@ def test_killed_processes_go_on_where_the_last_checkpoint_was(tmp_path: Path) ->
         "feedback_bytes_per_sample",
     ):
         assert ours[key] == theirs[key], key
+    finished = _run(_torchrun(2, "--groups", "2", "--resume", "--out", str(killed)))
+    assert finished.returncode == 0, finished.stderr
+    assert "test accuracy" in finished.stdout
+    _same_records(killed, whole)
 
 
 @pytest.mark.slow
