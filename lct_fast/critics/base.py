@@ -7,6 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lct_fast.critics.pooling import pool_to
+
 
 class Critic(nn.Module):
     """A small classifier on a group's output: `forward(h) = head(act(features(h)))`.
@@ -20,15 +22,24 @@ class Critic(nn.Module):
         row_independent: False where batch norm couples the rows of a batch. Only with True does one backward
             pass give both the group's and the critic's gradient, because arXiv 2102.01963's L1 loss weighs
             rows by a sign.
+        pool: side of the average pool that `features` begins with, None where it begins otherwise. A group that
+            ends in batch norm and ReLU makes that pool in shared passes and calls `from_pooled` alone.
     """
 
     head: nn.Linear
     activation: Literal["none", "relu"] = "none"
     row_independent: bool = True
+    pool: int | None = None
 
     def features(self, h: Tensor) -> Tensor:
         """The input of `activation`: [N, C, H, W] or [N, D'] -> [N, D], h's dtype, contiguous."""
-        raise NotImplementedError(f"{type(self).__name__} defines no features()")
+        if self.pool is None:
+            raise NotImplementedError(f"{type(self).__name__} defines no features()")
+        return self.from_pooled(pool_to(h, self.pool))
+
+    def from_pooled(self, pooled: Tensor) -> Tensor:
+        """`features` of h, given `pool_to(h, pool)`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no from_pooled()")
 
     def forward(self, h: Tensor) -> Tensor:
         """Logits [N, classes]."""

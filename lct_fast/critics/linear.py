@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lct_fast._init import he_init
 from lct_fast.critics.base import Critic, at_least_one, image_shape
-from lct_fast.critics.pooling import pool_to
 
 
 class LinearCritic(Critic):
@@ -54,5 +53,5 @@ class PooledLinearCritic(Critic):
         self.head = nn.Linear(channels * min(pool, height) * min(pool, width), num_classes)
         he_init(self, self.head)
 
-    def features(self, h: Tensor) -> Tensor:
-        return pool_to(h, self.pool).flatten(1)
+    def from_pooled(self, pooled: Tensor) -> Tensor:
+        return pooled.flatten(1)

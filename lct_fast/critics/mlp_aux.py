@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from lct_fast._init import he_init
 from lct_fast.critics.base import Critic, at_least_one, image_shape
 from lct_fast.critics.blocks import mlp_blocks
-from lct_fast.critics.pooling import pool_to
 
 
 class MlpAuxCritic(Critic):
@@ -26,6 +25,7 @@ class MlpAuxCritic(Critic):
 
     activation = "relu"
     row_independent = False
+    pool = 2
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, *, layers: int = 3):
         super().__init__()
@@ -35,6 +35,6 @@ class MlpAuxCritic(Critic):
         self.head = nn.Linear(4 * channels, num_classes)
         he_init(self, self.head)
 
-    def features(self, h: Tensor) -> Tensor:
-        u: Tensor = self.mlp(pool_to(h, 2).flatten(1))
+    def from_pooled(self, pooled: Tensor) -> Tensor:
+        u: Tensor = self.mlp(pooled.flatten(1))
         return u

@@ -34,13 +34,13 @@ class MlpSrAuxCritic(Critic):
         super().__init__()
         channels, height, width = image_shape("mlp_sr_aux", shape)
         at_least_one("mlp_sr_aux", convs=convs, layers=layers)
-        self.side = -(-height // 4)
+        self.pool = -(-height // 4)
         self.convs = conv_blocks(channels, convs, 1)
-        pooled = min(2, self.side) * min(2, self.side, width)
+        pooled = min(2, self.pool) * min(2, self.pool, width)
         self.mlp = mlp_blocks(channels * pooled, 4 * channels, layers)
         self.head = nn.Linear(4 * channels, num_classes)
         he_init(self, self.head)
 
-    def features(self, h: Tensor) -> Tensor:
-        u: Tensor = self.mlp(pool_to(self.convs(pool_to(h, self.side)), 2).flatten(1))
+    def from_pooled(self, pooled: Tensor) -> Tensor:
+        u: Tensor = self.mlp(pool_to(self.convs(pooled), 2).flatten(1))
         return u

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor, fx, nn
 
 from lct_fast.critics import Critic
+from lct_fast.engine.fused import FusedLayers, fuse
+from lct_fast.engine.graph import used_by
 
 
 class OutputHead(Critic):
@@ -52,10 +54,24 @@ class Group(nn.Module):
         self.shape = shape
         # In a tuple, so that the user's whole model doesn't become a submodule of each group.
         self._cut = (cut,)
+        self._fused: tuple[FusedLayers | None] | None = None
 
     @property
     def cut(self) -> Cut:
         return self._cut[0]
+
+    @property
+    def fused(self) -> FusedLayers | None:
+        """The layers, giving h_k and the average pool its critic begins with in shared passes.
+
+        None where the layers don't end in batch norm and ReLU, the critic begins otherwise, or a hook or a forward of
+        somebody's own would be passed by.
+        """
+        if self._fused is None:
+            pool = self.critic.pool
+            self._fused = (None if pool is None else fuse(self.layers, pool),)
+        (fused,) = self._fused
+        return None if fused is None or fused.altered else fused
 
 
 class Cut:
@@ -96,13 +112,7 @@ def build_module(model: nn.Module, nodes: Iterable[fx.Node], critic: Critic | No
     for node in nodes:
         copies[node] = graph.node_copy(node, copy_of)
     out = copies[nodes[-1]] if nodes else x
-    root: dict[str, nn.Module | Tensor] = {}
-    for node in nodes:
-        if node.op == "call_module":
-            root[str(node.target)] = model.get_submodule(str(node.target))
-        elif node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            root[str(node.target)] = getattr(model.get_submodule(owner), name)
+    root = used_by(model, nodes)
     if critic is not None:
         if "critic" in root:
             raise ValueError(

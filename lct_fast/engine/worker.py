@@ -79,11 +79,19 @@ class Worker:
         make = settings.scheduler
         self.schedulers = [make(self.optimizer)] if make and self.optimizer else []
         # As they run: compiled, or the group's own.
-        self.layers: nn.Module = torch.compile(group.layers) if settings.compile else group.layers  # type: ignore[assignment]
+        self.layers = self._ready(group.layers)
+        self._fused = None if group.fused is None else self._ready(group.fused)
         self.random = RandomStream(seed, index, device)
         self.pending: deque[Pending] = deque()
         self.owed: deque[tuple[int, Tensor]] = deque()
         self.meter = GroupMeter(index, group.last)
+
+    def _ready(self, module: nn.Module) -> nn.Module:
+        return torch.compile(module) if self.settings.compile else module  # type: ignore[return-value]
+
+    @property
+    def fused(self) -> nn.Module | None:
+        return None if self.group.fused is None else self._fused
 
     @property
     def critic(self) -> Any:

@@ -18,6 +18,7 @@ from lct_fast.methods.method import (
     Slot,
     Span,
     accumulate,
+    forward,
     joint_step,
     no_span,
 )
@@ -93,21 +94,21 @@ class LocalCritic(Method):
             return joint_step(group, x, target, objective, scale, span=span)
         critic = group.critic
         with span("forward"):
-            out = group.layers(x)
+            h, read, features = forward(group, x)
         with span("critic"):
-            h = out.detach().requires_grad_()
+            entry = read.detach().requires_grad_()
             with _recorded(critic) as tape:
-                u = critic.features(h)
+                u = features(entry)
             step = objective(critic.head, u.detach(), target, scale, activation=critic.activation)
             names = list(tape) if keep_slot else []
-            delta, *cotangents = torch.autograd.grad(u, [h, *(tape[n][1] for n in names)], step.du)
+            delta, *cotangents = torch.autograd.grad(u, [entry, *(tape[n][1] for n in names)], step.du)
         with span("backward"):
-            out.backward(delta)
+            read.backward(delta)
         slot = None
         if keep_slot:
             layers = {n: (tape[n][0].detach(), g) for n, g in zip(names, cotangents, strict=True)}
             slot = Slot(u.detach(), step.dlogits, step.loss, scale, layers)
-        return LocalStep(out.detach(), step.loss, slot)
+        return LocalStep(h.detach(), step.loss, slot)
 
     def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor) -> None:
         difference = slot.loss - next_loss

@@ -22,13 +22,20 @@ def no_span(name: str) -> AbstractContextManager[Any]:
 
 
 class GroupLike(Protocol):
-    """What a method sees of a group: layers, the head on its output, and whether it is the last."""
+    """What a method sees of a group: layers, the head on its output, and whether it is the last.
+
+    ``fused`` gives the layers' output and its average pool, which the head begins with, in shared passes; None where
+    there is nothing to share.
+    """
 
     @property
     def layers(self) -> Callable[[Tensor], Tensor]: ...
 
     @property
     def critic(self) -> Critic: ...
+
+    @property
+    def fused(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None: ...
 
     @property
     def last(self) -> bool: ...
@@ -110,15 +117,24 @@ def accumulate(parameter: Tensor | None, gradient: Tensor | None) -> None:
         parameter.grad.add_(gradient)
 
 
+def forward(group: GroupLike, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """h_k, what the critic reads of it, and the critic's features as a function of that."""
+    if group.fused is not None:
+        h, pooled = group.fused(x)
+        return h, pooled, group.critic.from_pooled
+    h = group.layers(x)
+    return h, h, group.critic.features
+
+
 def joint_step(
     group: GroupLike, x: Tensor, target: Tensor, objective: Objective, scale: Tensor, *, span: Span = no_span
 ) -> LocalStep:
     """Layers and head learn together from the head's mean loss, in one backward."""
     with span("forward"):
-        h = group.layers(x)
+        h, read, features = forward(group, x)
     critic = group.critic
     with span("critic"):
-        u = critic.features(h)
+        u = features(read)
         step = objective(
             critic.head, u.detach(), target, scale, activation=critic.activation, with_weight_gradient=True
         )
