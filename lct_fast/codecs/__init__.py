@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+from lct_fast.codecs.block_quantization import KINDS, BlockQuantization
 from lct_fast.codecs.cast import Cast
-from lct_fast.codecs.codec import Codec
+from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout, dense
 from lct_fast.codecs.identity import Identity
+from lct_fast.codecs.vector_quantization import VectorQuantization
 
-_CODECS: dict[str, Codec] = {"none": Identity(), "bf16": Cast("bf16")}
+_FORMS = ("none", "bf16", *(f"{kind}[:BLOCK]" for kind in KINDS), "vq:K,D")
 
 
 def names() -> list[str]:
-    """Names ``build`` knows."""
-    return list(_CODECS)
+    """The forms of spec that ``build`` knows."""
+    return list(_FORMS)
 
 
-def build(name: str) -> Codec:
-    """The codec called ``name``.
+def build(spec: str) -> Codec:
+    """A new codec, one end of one cut.
+
+    Args:
+        spec: "none", "bf16"; "fp8", "int8", "int4" or "int2", with ":BLOCK" for blocks of other than 64 values; or
+            "vq:K,D", K words for vectors of D channels.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or numbers that do not fit.
     """
-    if name not in _CODECS:
-        raise ValueError(f"unknown codec {name!r}: choose one of {', '.join(_CODECS)}")
-    return _CODECS[name]
+    name, _, rest = spec.partition(":")
+    numbers = [part.strip() for part in rest.split(",")] if rest else []
+    if not all(n.isdecimal() for n in numbers):
+        raise ValueError(
+            f"codec {spec!r}: expected whole numbers after the colon, as in vq:256,8 or int4:128"
+        )
+    values = [int(n) for n in numbers]
+    if name in ("none", "bf16") and not values:
+        return Identity() if name == "none" else Cast()
+    if name in KINDS and len(values) <= 1:
+        return BlockQuantization(name, *values)
+    if name == "vq" and len(values) == 2:
+        return VectorQuantization(*values)
+    raise ValueError(f"unknown codec {spec!r}: choose one of {', '.join(_FORMS)}")
 
 
-__all__ = ["Cast", "Codec", "Identity", "build", "names"]
+__all__ = [
+    "BlockQuantization",
+    "Cast",
+    "Codec",
+    "CodecError",
+    "Encoded",
+    "Identity",
+    "Layout",
+    "VectorQuantization",
+    "build",
+    "dense",
+    "names",
+]

@@ -5,20 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lct_fast.codecs.codec import Codec
-
-_TYPES = {"bf16": torch.bfloat16}
+from lct_fast.codecs.codec import Codec, Encoded, Layout, dense
 
 
 class Cast(Codec):
-    """Rounds to a narrower type, half the bytes of fp32 with bf16."""
+    """Rounds to bfloat16: half the bytes of fp32."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.dtype = _TYPES[name]
+    name = "bf16"
 
-    def encode(self, h: Tensor) -> Tensor:
-        return h.to(self.dtype)
+    def encode(self, h: Tensor) -> Encoded:
+        return Encoded((dense(h).to(torch.bfloat16),), Layout.of(h))
 
-    def decode(self, packet: Tensor, dtype: torch.dtype) -> Tensor:
-        return packet.to(dtype)
+    def decode(self, encoded: Encoded) -> Tensor:
+        return encoded.only(self.name, torch.bfloat16).to(encoded.layout.dtype)

@@ -1,20 +1,114 @@
-"""The interface of a codec."""
+"""The interface of a codec, and what travels."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a tensor looked like before it was coded."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(h: Tensor) -> Layout:
+        """That of a dense tensor; of another one, the layout of its contiguous copy."""
+        return Layout(tuple(h.shape), tuple(dense(h).stride()), h.dtype)
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+class CodecError(ValueError):
+    """What came cannot be decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What travels of a tensor.
+
+    Attributes:
+        tensors: dense, one to three.
+        layout: of the tensor that they stand for.
+        version: of the state that the consumer decodes with, 0 where a codec has none.
+    """
+
+    tensors: tuple[Tensor, ...]
+    layout: Layout
+    version: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def to(self, device: torch.device) -> Encoded:
+        """The same on a device."""
+        return Encoded(tuple(t.to(device) for t in self.tensors), self.layout, self.version)
+
+    def only(self, codec: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The one tensor, which has the layout's shape and `dtype`, by default the layout's too.
+
+        Raises:
+            CodecError: it is something else.
+        """
+        layout, dtype = self.layout, dtype or self.layout.dtype
+        found = [(tuple(t.shape), t.dtype) for t in self.tensors]
+        if found != [(layout.shape, dtype)]:
+            raise CodecError(f"{codec}: expected one tensor {list(layout.shape)} of {dtype}, got {found}")
+        return self.tensors[0]
+
+
 class Codec:
-    """Encodes what leaves a group and decodes it at the consumer. Codecs here carry no state."""
+    """Encodes what leaves a group and decodes it at the consumer.
+
+    A cut has two of them, one at each end. State, where a codec has any, is changed by encoding at the producer, and
+    reaches the consumer in what travels.
+
+    Attributes:
+        name: the spec that builds it.
+    """
 
     name: str
 
-    def encode(self, h: Tensor) -> Tensor:
-        """The tensor that travels."""
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuses what it cannot code: `shape` is the tensor's without the batch.
+
+        Raises:
+            ValueError: says what would fit.
+        """
+
+    def encode(self, h: Tensor) -> Encoded:
+        """What travels of `h`, which is detached."""
         raise NotImplementedError(f"{type(self).__name__} defines no encode()")
 
-    def decode(self, packet: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the consumer computes on, in ``dtype``."""
+    def decode(self, encoded: Encoded) -> Tensor:
+        """What the consumer computes on: shape, strides and dtype are those of the layout.
+
+        Raises:
+            CodecError: tensors that do not belong together, or another version of the state.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no decode()")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: tensors and plain data."""
+        return {}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Puts back what `state` gave."""
+
+
+def dense(t: Tensor) -> Tensor:
+    """`t` if its elements fill one run of memory in some order of dimensions, else a contiguous copy."""
+    return t if torch.ops.aten.is_non_overlapping_and_dense(t) else t.contiguous()

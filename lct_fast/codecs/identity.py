@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lct_fast.codecs.codec import Codec
+from lct_fast.codecs.codec import Codec, Encoded, Layout, dense
 
 
 class Identity(Codec):
@@ -13,8 +12,8 @@ class Identity(Codec):
 
     name = "none"
 
-    def encode(self, h: Tensor) -> Tensor:
-        return h
+    def encode(self, h: Tensor) -> Encoded:
+        return Encoded((dense(h),), Layout.of(h))
 
-    def decode(self, packet: Tensor, dtype: torch.dtype) -> Tensor:
-        return packet.to(dtype)
+    def decode(self, encoded: Encoded) -> Tensor:
+        return encoded.only(self.name)

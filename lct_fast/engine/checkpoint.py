@@ -2,9 +2,9 @@
 
 step-00000120/group-1.safetensors group-1.json ... rng.safetensors manifest.json
 
-A group's files hold its weights, gradients within an accumulation, optimisers, schedulers, random state, the slots its
-critic has yet to learn from, and the losses it owes the group before it. They are cut behind one batch and say nothing
-of processes, so a run may go on under another schedule.
+A group's files hold its weights, gradients within an accumulation, optimisers, schedulers, random state, codecs, the
+slots its critic has yet to learn from, and the losses it owes the group before it. They are cut behind one batch and
+say nothing of processes, so a run may go on under another schedule.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lct_fast.engine.trainer import Trainer
 from lct_fast.engine.worker import Pending, Worker
 from lct_fast.methods import Slot
 
-FORMAT = 2
+FORMAT = 3
 _COUNTERS = ("samples", "wire_bytes", "raw_bytes", "feedback_bytes")
 
 
@@ -92,6 +92,7 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
             if k < len(expected) and k not in read:
                 read[k] = _read_group(path, k, manifest)
         _check_state(path, worker, read[worker.index][0])
+        _check_codecs(path, worker, read[worker.index][1])
     rng = _read(path, "rng.safetensors", manifest["sha256"].get("rng.safetensors"))
     for worker in trainer.workers:
         _unpack_worker(worker, *read[worker.index])
@@ -207,6 +208,13 @@ def _check_state(path: Path, worker: Worker, tensors: dict[str, Tensor]) -> None
         )
 
 
+def _check_codecs(path: Path, worker: Worker, description: dict[str, Any]) -> None:
+    for name in ("decoder", "encoder"):
+        codec, saved = getattr(worker, name), description[name]
+        if codec is not None and saved["codec"] != codec.name:
+            raise CheckpointError(f"{path} was made with codec {saved['codec']}, this run uses {codec.name}")
+
+
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
@@ -225,6 +233,9 @@ def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     description["pending"] = [
         _pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.pending)
     ]
+    for name in ("decoder", "encoder"):
+        codec = getattr(worker, name)
+        description[name] = codec and {"codec": codec.name, "state": _pack(codec.state(), name, tensors)}
     description["owed"] = _pack(list(worker.owed), "owed", tensors)
     description["random"] = _pack(worker.random.state, "random", tensors)
     description["meter"] = {name: getattr(worker.meter, name) for name in _COUNTERS}
@@ -247,6 +258,10 @@ def _unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict
         worker.pending.append(_pending(_unpack(state, tensors), worker.device))
     owed = _unpack(description["owed"], tensors)
     worker.owed = deque((batch, loss.to(worker.device)) for batch, loss in owed)
+    for name in ("decoder", "encoder"):
+        if description[name] is not None:
+            state = _unpack(description[name]["state"], tensors)
+            getattr(worker, name).load_state(state, worker.device)
     worker.random.state = _unpack(description["random"], tensors)
     for name, value in description["meter"].items():
         setattr(worker.meter, name, value)

@@ -141,7 +141,7 @@ class Outbox(_End):
             raise self._fail()
         with self.meter.span("pack"):
             self._follow(slot)
-            slot.used = wire.body_bytes(packet.tensors)
+            slot.used = wire.body_bytes(packet)
             self._room(slot, slot.used)
             wire.write(packet, slot.header, slot.body)
             wire.stamp(slot.header, time.perf_counter() - self.ahead)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lct_fast.codecs import Codec
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.worker import Worker
 
@@ -17,11 +16,10 @@ class Lockstep:
 
     Args:
         workers: every group's, in order.
-        codec: what crosses each cut.
     """
 
-    def __init__(self, workers: Sequence[Worker], codec: Codec) -> None:
-        self.workers, self.codec = list(workers), codec
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self.workers = list(workers)
         self.batch = 0
 
     def step(self, x: Tensor, y: Tensor) -> Stats:
@@ -40,9 +38,9 @@ class Lockstep:
                 before.receive_feedback(batch, result.loss.detach().to(before.device))
                 worker.owe(batch, result.loss)
             if not worker.last:
-                packet = worker.encode(self.codec, result.h)
-                sent += packet.nbytes
-                h = self.codec.decode(packet, result.h.dtype)
+                coded = worker.encode(result.h)
+                sent += coded.nbytes
+                h = self.workers[k + 1].decode(coded)
             meter.end()
         for worker in self.workers:
             worker.learn(batch)

@@ -8,13 +8,18 @@ Word   meaning
 4      time it was put into the link, nanoseconds on the first group's clock
 5      bytes of the body
 6      number of tensors
-7...   per tensor 14 words: dtype, dimensions, 6 sizes, 6 strides (in elements)
+7      CRC-32 of the codec's name, 0 where nothing is coded
+8      version of the codec's state
+9      number of tensors that the codec made, the first ones
+10...  14 words: dtype, dimensions, 6 sizes, 6 strides (in elements) of what was coded
+24...  the same per tensor
 Each tensor starts at a multiple of 64 bytes in the body. Strides travel because kernels choose by layout.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,14 +27,16 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from lct_fast.codecs import Encoded, Layout, dense
 from lct_fast.engine.errors import PacketError
 
-MAGIC = 0x6C63745F_0001
+MAGIC = 0x6C63745F_0002
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 6
 MAX_BYTES = 1 << 40
-_FIXED = 7
 _PER_TENSOR = 2 + 2 * MAX_DIMENSIONS
+_LAYOUT = 10
+_FIXED = _LAYOUT + _PER_TENSOR
 WORDS = _FIXED + MAX_TENSORS * _PER_TENSOR
 _ALIGN = 64
 DTYPES = (
@@ -61,12 +68,18 @@ class Kind(IntEnum):
 
 @dataclass(slots=True)
 class Packet:
-    """One message. ``sent`` and ``arrived`` are seconds on the first group's clock."""
+    """One message. ``sent`` and ``arrived`` are seconds on the first group's clock.
+
+    ``coded`` holds what a codec made of a tensor; its tensors come before ``tensors`` in the body. ``codec`` is the
+    number of its name.
+    """
 
     kind: Kind
     batch: int
     tensors: Sequence[Tensor] = ()
     value: int = 0
+    coded: Encoded | None = None
+    codec: int = 0
     sent: float = 0.0
     arrived: float = 0.0
 
@@ -81,14 +94,19 @@ def bits_float(word: int) -> float:
     return struct.unpack("<d", struct.pack("<q", word))[0]
 
 
-def dense(t: Tensor) -> Tensor:
-    """``t`` if its elements fill one run of memory in some order of dimensions, else a contiguous copy."""
-    return t if torch.ops.aten.is_non_overlapping_and_dense(t) else t.contiguous()
+def codec_number(name: str) -> int:
+    """The number that stands for a codec's name, never 0."""
+    return zlib.crc32(name.encode()) | 1 << 32
 
 
-def body_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the body that holds ``tensors``."""
-    return sum(_padded(t.numel() * t.element_size()) for t in tensors)
+def contents(packet: Packet) -> tuple[Tensor, ...]:
+    """All tensors of the body, in order."""
+    return (*(packet.coded.tensors if packet.coded is not None else ()), *packet.tensors)
+
+
+def body_bytes(packet: Packet) -> int:
+    """Bytes of the packet's body."""
+    return sum(_padded(t.nbytes) for t in contents(packet))
 
 
 def write(packet: Packet, header: Tensor, body: Tensor) -> None:
@@ -97,26 +115,22 @@ def write(packet: Packet, header: Tensor, body: Tensor) -> None:
     Raises:
         PacketError: a tensor that is not dense, of an unknown type, or of too many dimensions.
     """
-    if len(packet.tensors) > MAX_TENSORS:
-        raise PacketError(f"a packet carries at most {MAX_TENSORS} tensors, got {len(packet.tensors)}")
-    words = [
-        MAGIC,
-        packet.kind,
-        packet.batch,
-        packet.value,
-        0,
-        body_bytes(packet.tensors),
-        len(packet.tensors),
-    ]
+    tensors, coded = contents(packet), packet.coded
+    if len(tensors) > MAX_TENSORS:
+        raise PacketError(f"a packet carries at most {MAX_TENSORS} tensors, got {len(tensors)}")
+    words = [MAGIC, packet.kind, packet.batch, packet.value, 0, body_bytes(packet), len(tensors)]
+    if coded is None:
+        words += [0] * (3 + _PER_TENSOR)
+    else:
+        words += [packet.codec, coded.version, len(coded.tensors), *_described(coded.layout)]
     offset = 0
-    for t in packet.tensors:
+    for t in tensors:
         if t.dtype not in DTYPES or t.dim() > MAX_DIMENSIONS or dense(t) is not t:
             raise PacketError(
                 f"cannot send a tensor of {t.dtype}, {t.dim()} dimensions, strides {t.stride()}: expected one of "
                 f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, at most {MAX_DIMENSIONS}, dense"
             )
-        pad = [0] * (MAX_DIMENSIONS - t.dim())
-        words += [DTYPES.index(t.dtype), t.dim(), *t.shape, *pad, *t.stride(), *pad]
+        words += _described(Layout(tuple(t.shape), t.stride(), t.dtype))
         _view(body, offset, t.dtype, t.shape, t.stride()).copy_(t)
         offset += _padded(t.numel() * t.element_size())
     words += [0] * (WORDS - len(words))
@@ -158,36 +172,62 @@ def read(header: Tensor, body: Tensor) -> Packet:
         raise PacketError(f"packet size: expected at most {body.numel()} bytes, got {size}")
     if not 0 <= words[6] <= MAX_TENSORS:
         raise PacketError(f"packet tensors: expected 0..{MAX_TENSORS}, got {words[6]}")
-    tensors, offset = [], 0
+    tensors: list[Tensor] = []
+    offset = 0
     for i in range(words[6]):
-        part = words[_FIXED + i * _PER_TENSOR : _FIXED + (i + 1) * _PER_TENSOR]
-        if not 0 <= part[0] < len(DTYPES) or not 0 <= part[1] <= MAX_DIMENSIONS:
-            raise PacketError(
-                f"packet tensor {i}: expected a dtype 0..{len(DTYPES) - 1} of 0..{MAX_DIMENSIONS} dimensions, got "
-                f"dtype {part[0]} of {part[1]}"
-            )
-        dtype = DTYPES[part[0]]
-        shape = part[2 : 2 + part[1]]
-        stride = part[2 + MAX_DIMENSIONS : 2 + MAX_DIMENSIONS + part[1]]
-        count = _dense_count(i, shape, stride)
-        room = _padded(count * dtype.itemsize)
+        layout = _layout(f"tensor {i}", words, _FIXED + i * _PER_TENSOR)
+        room = _padded(layout.size * layout.dtype.itemsize)
         if offset + room > size:
             raise PacketError(
-                f"packet tensor {i}: shape {shape} needs {room} bytes, {size - offset} are left of {size}"
+                f"packet tensor {i}: shape {list(layout.shape)} needs {room} bytes, {size - offset} are left of {size}"
             )
-        tensors.append(_view(body, offset, dtype, shape, stride))
+        tensors.append(_view(body, offset, layout.dtype, layout.shape, layout.stride))
         offset += room
-    return Packet(Kind(words[1]), words[2], tensors, words[3], words[4] / 1e9)
+    packet = Packet(Kind(words[1]), words[2], tensors, words[3], sent=words[4] / 1e9)
+    if words[7]:
+        _take_coded(packet, words)
+    return packet
 
 
-def _dense_count(i: int, shape: list[int], stride: list[int]) -> int:
-    """Elements of a dense tensor of this shape and these strides."""
+def _take_coded(packet: Packet, words: list[int]) -> None:
+    """Sets apart the tensors that a codec made."""
+    count = words[9]
+    if not 1 <= count <= len(packet.tensors):
+        raise PacketError(f"packet coded tensors: expected 1..{len(packet.tensors)}, got {count}")
+    layout = _layout("layout", words, _LAYOUT)
+    if not layout.dtype.is_floating_point:
+        raise PacketError(f"packet layout: expected a floating point type, got {layout.dtype}")
+    packet.codec = words[7]
+    packet.coded = Encoded(tuple(packet.tensors[:count]), layout, words[8])
+    packet.tensors = packet.tensors[count:]
+
+
+def _described(layout: Layout) -> list[int]:
+    pad = [0] * (MAX_DIMENSIONS - len(layout.shape))
+    dtype = DTYPES.index(layout.dtype)
+    return [dtype, len(layout.shape), *layout.shape, *pad, *layout.stride, *pad]
+
+
+def _layout(what: str, words: list[int], first: int) -> Layout:
+    """The layout of a dense tensor at a place of the header."""
+    part = words[first : first + _PER_TENSOR]
+    if not 0 <= part[0] < len(DTYPES) or not 0 <= part[1] <= MAX_DIMENSIONS:
+        raise PacketError(
+            f"packet {what}: expected a dtype 0..{len(DTYPES) - 1} of 0..{MAX_DIMENSIONS} dimensions, got "
+            f"dtype {part[0]} of {part[1]}"
+        )
+    shape = part[2 : 2 + part[1]]
+    stride = part[2 + MAX_DIMENSIONS : 2 + MAX_DIMENSIONS + part[1]]
+    _check_dense(what, shape, stride)
+    return Layout(tuple(shape), tuple(stride), DTYPES[part[0]])
+
+
+def _check_dense(what: str, shape: list[int], stride: list[int]) -> None:
     count = 1
     for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: (pair[1], pair[0])):
         if size < 0 or (size > 1 and count and step != count):
-            raise PacketError(f"packet tensor {i}: shape {shape} with strides {stride} is not a dense tensor")
+            raise PacketError(f"packet {what}: shape {shape} with strides {stride} is not a dense tensor")
         count *= size
-    return count
 
 
 def _view(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_fast.codecs import Codec
+from lct_fast.codecs import CodecError, dense
 from lct_fast.engine import packet as wire
 from lct_fast.engine.errors import PacketError
 from lct_fast.engine.exits import Evaluation, summed
@@ -30,7 +30,6 @@ from lct_fast.engine.worker import Worker
 # Slots at each end of a link: one in use, one that fills or empties meanwhile.
 DEPTH = 2
 _FORWARD, _BACKWARD = 0, 1
-_DTYPES = wire.DTYPES
 
 
 class Stage:
@@ -39,14 +38,15 @@ class Stage:
     Args:
         worker: the group.
         ranks: where it stands.
-        codec: what crosses the cut behind it while training; evaluation sends tensors as they are.
+
+    Codecs are for training; evaluation sends tensors as they are.
 
     Attributes:
         batch: number of the next batch.
     """
 
-    def __init__(self, worker: Worker, ranks: Ranks, codec: Codec) -> None:
-        self.worker, self.ranks, self.codec = worker, ranks, codec
+    def __init__(self, worker: Worker, ranks: Ranks) -> None:
+        self.worker, self.ranks = worker, ranks
         self.batch = 0
         self.first, self.last = ranks.rank == 0, ranks.rank == ranks.size - 1
         self._scores = torch.zeros(ranks.size, 4, dtype=torch.float64)
@@ -131,9 +131,8 @@ class Stage:
             if packet.kind is Kind.TRAIN:
                 self._expect(packet)
                 meter.add_exposed(self._exposed(packet, waited.start))
-                payload, target, losses = packet.tensors
-                h = self.codec.decode(payload, _DTYPES[packet.value])
-                yield self._train(worker.place(h), target, losses.clone())
+                target, losses = packet.tensors
+                yield self._train(worker.place(self._decode(packet)), target, losses.clone())
                 continue
             if packet.kind is Kind.EVALUATE:
                 h, target, scores = packet.tensors
@@ -183,10 +182,24 @@ class Stage:
     def _send(self, batch: int, h: Tensor, target: Tensor, losses: Tensor) -> int:
         if self.outbox is None:
             return 0
-        payload = self.worker.encode(self.codec, h)
-        tensors = [payload, wire.dense(target), losses]
-        self.outbox.put(Packet(Kind.TRAIN, batch, tensors, value=_DTYPES.index(h.dtype)))
-        return payload.nbytes
+        assert self.worker.encoder is not None
+        coded = self.worker.encode(h)
+        codec = wire.codec_number(self.worker.encoder.name)
+        self.outbox.put(Packet(Kind.TRAIN, batch, [dense(target), losses], coded=coded, codec=codec))
+        return coded.nbytes
+
+    def _decode(self, packet: Packet) -> Tensor:
+        decoder = self.worker.decoder
+        assert decoder is not None
+        if packet.coded is None or packet.codec != wire.codec_number(decoder.name):
+            raise PacketError(
+                f"packet codec: expected {decoder.name}, got another (number {packet.codec:#x}); give every process "
+                f"the same codec"
+            )
+        try:
+            return self.worker.decode(packet.coded)
+        except CodecError as error:
+            raise PacketError(f"batch {packet.batch}: {error}") from None
 
     def _take_feedback(self, through: int) -> None:
         """Waits for the feedback that is due; what came early stays in its slot."""
@@ -207,9 +220,7 @@ class Stage:
         if self.outbox is None:
             self._scores += scores.cpu()
         else:
-            self.outbox.put(
-                Packet(Kind.EVALUATE, self.batch - 1, [wire.dense(h), wire.dense(target), scores])
-            )
+            self.outbox.put(Packet(Kind.EVALUATE, self.batch - 1, [dense(h), dense(target), scores]))
         if self.inbox is not None:
             self.inbox.release()
 

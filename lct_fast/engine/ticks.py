@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_fast.codecs import Codec
+from lct_fast.codecs import Encoded
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.worker import Worker
 
@@ -24,7 +24,7 @@ class _Cargo:
     """A batch between two groups. ``ready`` is recorded when ``h`` is; None on the host."""
 
     batch: int
-    h: Tensor
+    h: Tensor | Encoded
     target: Tensor
     losses: list[Tensor]
     ready: torch.cuda.Event | None = None
@@ -35,11 +35,10 @@ class Ticks:
 
     Args:
         workers: every group's, in order.
-        codec: what crosses each cut.
     """
 
-    def __init__(self, workers: Sequence[Worker], codec: Codec) -> None:
-        self.workers, self.codec = list(workers), codec
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self.workers = list(workers)
         self.batch = 0
         self.streams = [
             torch.cuda.Stream(w.device) if w.device.type == "cuda" else None for w in self.workers
@@ -99,18 +98,20 @@ class Ticks:
         if cargo.ready is not None:
             stream = torch.cuda.current_stream(worker.device)
             stream.wait_event(cargo.ready)
-            for t in (cargo.h, cargo.target):
+            parts = cargo.h.tensors if isinstance(cargo.h, Encoded) else (cargo.h,)
+            for t in (*parts, cargo.target):
                 if t.is_cuda:
                     t.record_stream(stream)
         worker.meter.begin(batch)
         target = cargo.target.to(worker.device)
-        result = worker.train(batch, worker.place(cargo.h), target)
+        h = worker.decode(cargo.h) if isinstance(cargo.h, Encoded) else cargo.h
+        result = worker.train(batch, worker.place(h), target)
         cargo.losses.append(worker.mean(result.loss, target))
         sent = 0
         if not worker.last:
-            packet = worker.encode(self.codec, result.h)
-            sent, h = packet.nbytes, self.codec.decode(packet, result.h.dtype)
-            self.waiting[k + 1] = _Cargo(batch, h, target, cargo.losses, self._ready(h))
+            coded = worker.encode(result.h)
+            sent, ready = coded.nbytes, self._ready(coded.tensors[-1])
+            self.waiting[k + 1] = _Cargo(batch, coded, target, cargo.losses, ready)
         if worker.owes(batch):
             self._give_back(k, batch, result.loss)
         worker.update(batch)

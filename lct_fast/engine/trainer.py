@@ -59,7 +59,7 @@ class Trainer:
     Args:
         groups: what ``lct.split`` returned.
         method: ``LocalCritic()``, ``Greedy()`` or ``Backprop()``; the last joins all groups into one.
-        codec: what crosses each cut: a name of ``lct.codecs``.
+        codec: what crosses the cuts in training: a spec of ``lct.codecs.build``, or a list of one for each cut.
         devices: group k runs on ``devices[k * len(devices) // K]``; default: where the model is. Over processes: the
             one device of this process.
         num_classes: checked against the model's output when given.
@@ -94,7 +94,7 @@ class Trainer:
         groups: Sequence[Group],
         method: Method,
         *,
-        codec: str = "none",
+        codec: str | Sequence[str] = "none",
         devices: Sequence[str | torch.device] | None = None,
         num_classes: int | None = None,
         optimizer: OptimizerFactory | None = None,
@@ -136,7 +136,7 @@ class Trainer:
         self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
         self.schedule = schedule
-        self.codec = codecs.build(codec)
+        wires = self._wires(codec)
         self.objective = Objective(loss, ignore_index)
         self.settings = Settings(
             method=method,
@@ -157,14 +157,24 @@ class Trainer:
         if pipelined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.ranks = Ranks.join([g.units for g in self.groups], places[0])
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
+        # An end of a cut has a codec of its own.
+        ends = [None, *wires, None]
         self.workers = [
-            Worker(k, self.groups[k], places[k * len(places) // count], self.settings, seed) for k in mine
+            Worker(
+                k,
+                self.groups[k],
+                places[k * len(places) // count],
+                self.settings,
+                seed,
+                *(None if spec is None else codecs.build(spec) for spec in ends[k : k + 2]),
+            )
+            for k in mine
         ]
         self._run: Lockstep | Ticks | Stage
         if self.ranks is not None:
-            self._run = Stage(self.workers[0], self.ranks, self.codec)
+            self._run = Stage(self.workers[0], self.ranks)
         else:
-            self._run = (Ticks if pipelined else Lockstep)(self.workers, self.codec)
+            self._run = (Ticks if pipelined else Lockstep)(self.workers)
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
         self.meter = Meter([w.meter for w in self.workers])
 
@@ -306,6 +316,21 @@ class Trainer:
                         tensor.copy_(values)
                 group.to(self.workers[0].device)
         return exit_module(self.groups, len(self.groups) if exit is None else exit)
+
+    def _wires(self, codec: str | Sequence[str]) -> list[str]:
+        """The codec's spec for each cut."""
+        cuts = self.groups[:-1]
+        specs = [codec] * len(cuts) if isinstance(codec, str) else list(codec)
+        if len(specs) != len(cuts):
+            raise ValueError(
+                f"codec: expected one spec or one for each of {len(cuts)} cuts, got {len(specs)}"
+            )
+        for group, spec in zip(cuts, specs, strict=True):
+            codecs.build(spec).check(group.shape)
+        if isinstance(codec, str):
+            # Refused also where nothing is cut.
+            codecs.build(codec)
+        return specs
 
     def _stage(self, name: str) -> Stage:
         if not isinstance(self._run, Stage):

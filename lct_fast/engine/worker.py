@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lct_fast.codecs import Codec
+from lct_fast.codecs import Codec, Encoded
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
 from lct_fast.engine.exits import score
 from lct_fast.engine.group import Group
 from lct_fast.engine.meter import GroupMeter
-from lct_fast.engine.packet import dense
 from lct_fast.engine.random_stream import RandomStream
 from lct_fast.methods import LocalStep, Method, Objective, Slot
 from lct_fast.methods.method import OptimizerFactory
@@ -59,6 +58,7 @@ class Worker:
         device: where it runs.
         settings: of the run.
         seed: of the run, for the group's random numbers.
+        decoder, encoder: of what comes and of what leaves; None before the first and behind the last group.
 
     Attributes:
         pending: batches whose feedback is still to be applied, oldest first.
@@ -66,8 +66,18 @@ class Worker:
         meter: the group's own.
     """
 
-    def __init__(self, index: int, group: Group, device: torch.device, settings: Settings, seed: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        group: Group,
+        device: torch.device,
+        settings: Settings,
+        seed: int,
+        decoder: Codec | None = None,
+        encoder: Codec | None = None,
+    ) -> None:
         self.index, self.group, self.device, self.settings = index, group, device, settings
+        self.decoder, self.encoder = decoder, encoder
         group.to(device=device, memory_format=settings.memory_format)  # type: ignore[call-overload]
         joint = settings.method.joint_optimizer or group.last
         trained = (group if joint else group.layers).parameters()
@@ -156,13 +166,20 @@ class Worker:
             self.pending.append(Pending(batch, result.slot))
         return result
 
-    def encode(self, codec: Codec, h: Tensor) -> Tensor:
-        """What travels of h_k: dense, and counted."""
+    def encode(self, h: Tensor) -> Encoded:
+        """What travels of h_k, counted."""
+        assert self.encoder is not None, "nothing crosses behind the last group"
         with self.meter.span("encode"):
-            packet = dense(codec.encode(h))
-        self.meter.wire_bytes += packet.nbytes
+            coded = self.encoder.encode(h)
+        self.meter.wire_bytes += coded.nbytes
         self.meter.raw_bytes += h.numel() * 4
-        return packet
+        return coded
+
+    def decode(self, coded: Encoded) -> Tensor:
+        """h_{k-1}, on the group's device."""
+        assert self.decoder is not None, "nothing comes before the first group"
+        with self.meter.span("decode"):
+            return self.decoder.decode(coded.to(self.device))
 
     def mean(self, loss: Tensor, target: Tensor) -> Tensor:
         """Mean of a per-sample loss [N] over the rows that count, on the device."""

@@ -78,6 +78,8 @@ CASES = {
         },
         dropout=True,
     ),
+    "vector-quantised": Case(lct.LocalCritic, options={"codec": "vq:16,2"}),
+    "int4": Case(lct.Greedy, options={"codec": "int4:32", "channels_last": True}),
     "channels last, bf16": Case(lct.LocalCritic, options={"channels_last": True, "autocast": torch.bfloat16}),
 }
 

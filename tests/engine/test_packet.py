@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lct_fast.codecs import Encoded, Layout, dense
 from lct_fast.engine import PacketError, packet
 from lct_fast.engine.packet import Kind, Packet
 
@@ -23,7 +24,7 @@ TENSORS = {
 def _written(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     header = torch.full((packet.WORDS,), -1)
     # Longer than needed, and poisoned: what is read must have been written.
-    body = torch.full((packet.body_bytes(tensors) + 640,), 0xFF, dtype=torch.uint8)
+    body = torch.full((packet.body_bytes(Packet(Kind.TRAIN, 41, tensors)) + 640,), 0xFF, dtype=torch.uint8)
     packet.write(Packet(Kind.TRAIN, 41, tensors, value=3), header, body)
     return header, body
 
@@ -58,19 +59,62 @@ def test_a_float_survives_as_a_word(value: float) -> None:
         (5, 64, "needs 128 bytes, 64 are left"),
         (6, 5, "packet tensors: expected 0..4, got 5"),
         (6, -1, "packet tensors"),
-        (7, 10, "dtype 10"),
-        (7, 1, "needs 256 bytes, 128 are left"),
-        (8, 7, "of 7"),
-        (9, 1 << 40, "not a dense tensor|needs"),
-        (9, -4, "not a dense tensor"),
-        (15, 9, "not a dense tensor"),
-        (16, 0, "not a dense tensor"),
-        (16, -7, "not a dense tensor"),
+        (24, 10, "dtype 10"),
+        (24, 1, "needs 256 bytes, 128 are left"),
+        (25, 7, "of 7"),
+        (26, 1 << 40, "not a dense tensor|needs"),
+        (26, -4, "not a dense tensor"),
+        (32, 9, "not a dense tensor"),
+        (33, 0, "not a dense tensor"),
+        (33, -7, "not a dense tensor"),
     ],
 )
 def test_a_wrong_field_is_named(word: int, value: int, message: str) -> None:
     header, body = _written(torch.randn(4, 7))
-    assert header[9] == 4 and header[15] == 7 and header[16] == 1
+    assert header[26] == 4 and header[32] == 7 and header[33] == 1
+    header[word] = value
+    with pytest.raises(PacketError, match=message):
+        packet.read(header, body)
+
+
+CODED = Encoded(
+    (torch.arange(6, dtype=torch.uint8), torch.ones(3)), Layout((4, 2), (1, 4), torch.bfloat16), 12
+)
+
+
+def _coded() -> tuple[Tensor, Tensor]:
+    message = Packet(Kind.TRAIN, 5, (torch.arange(4),), coded=CODED, codec=packet.codec_number("vq:4,2"))
+    header, body = torch.zeros(packet.WORDS, dtype=torch.int64), torch.zeros(1024, dtype=torch.uint8)
+    packet.write(message, header, body)
+    return header, body
+
+
+def test_what_a_codec_made_travels_with_what_it_stands_for() -> None:
+    got = packet.read(*_coded())
+    assert got.codec == packet.codec_number("vq:4,2") != packet.codec_number("vq:4,3")
+    assert got.coded is not None
+    assert (got.coded.layout, got.coded.version) == (CODED.layout, 12)
+    assert len(got.coded.tensors) == 2 and len(got.tensors) == 1
+    assert all(torch.equal(a, b) for a, b in zip(got.coded.tensors, CODED.tensors, strict=True))
+    assert torch.equal(got.tensors[0], torch.arange(4))
+    plain = packet.read(*_written(torch.ones(2)))
+    assert plain.coded is None and plain.codec == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        (9, 0, "coded tensors: expected 1..3, got 0"),
+        (9, 4, "coded tensors: expected 1..3, got 4"),
+        (10, 8, "layout: expected a floating point type, got torch.int64"),
+        (10, -1, "layout: expected a dtype"),
+        (11, 7, "layout: expected a dtype 0..9 of 0..6 dimensions"),
+        (12, 5, "layout: shape .* is not a dense tensor"),
+        (18, 0, "layout: shape .* is not a dense tensor"),
+    ],
+)
+def test_a_wrong_field_of_what_was_coded_is_named(word: int, value: int, message: str) -> None:
+    header, body = _coded()
     header[word] = value
     with pytest.raises(PacketError, match=message):
         packet.read(header, body)
@@ -92,6 +136,6 @@ def test_what_cannot_travel_is_refused_before_it_does() -> None:
     ]:
         with pytest.raises(PacketError, match=message):
             packet.write(Packet(Kind.TRAIN, 0, tensors), header, body)
-    assert packet.dense(torch.zeros(4, 4)[:, ::2]).is_contiguous()
+    assert dense(torch.zeros(4, 4)[:, ::2]).is_contiguous()
     whole = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    assert packet.dense(whole) is whole
+    assert dense(whole) is whole

@@ -1,0 +1,238 @@
+"""Codecs: what comes back, what it costs, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor
+
+from lct_fast import codecs, ops
+from lct_fast.codecs import CodecError, Encoded, Layout
+
+# Bits a value, scales included, and the largest relative error ||x' - x|| / ||x|| of normal values; vq apart.
+COSTS = {
+    "none": (32, 0.0),
+    "bf16": (16, 2**-8),
+    "int8": (8.25, 0.01),
+    "fp8": (8.25, 0.04),
+    "int4:32": (4.5, 0.15),
+    "int2:128": (2.125, 0.9),
+}
+TENSORS = {
+    "contiguous": torch.randn(4, 8, 6, 16),
+    "channels last": torch.randn(4, 8, 6, 16).to(memory_format=torch.channels_last),
+    "vectors": torch.randn(384, 8),
+    "sequences": torch.randn(4, 96, 8),
+    "bf16": torch.randn(4, 8, 6, 16).bfloat16(),
+    "fp64": torch.randn(4, 8, 6, 16, dtype=torch.float64),
+    "fp64 vectors": torch.randn(384, 8, dtype=torch.float64),
+    "a transposed view": torch.randn(8, 384).t(),
+}
+
+
+def _clusters(rows: int, shift: float = 0.0, seed: int = 0) -> Tensor:
+    """[rows, 6, 4, 4]: three vectors of two channels at each position, near one of eight points each."""
+    draw = torch.Generator().manual_seed(7)
+    points = torch.randn(3, 8, 2, generator=draw) * 4 + shift
+    draw.manual_seed(seed)
+    which = torch.randint(8, (3, rows * 16), generator=draw)
+    x = torch.stack([points[g][which[g]] for g in range(3)], 1)
+    x = x + 0.05 * torch.randn(x.shape, generator=draw)
+    return x.reshape(rows, 4, 4, 6).permute(0, 3, 1, 2)
+
+
+def _error(codec: codecs.Codec, x: Tensor) -> float:
+    y = codec.decode(codec.encode(x))
+    return float((y - x).norm() / x.norm())
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("spec", [*COSTS, "vq:16,4"])
+def test_shape_strides_and_dtype_come_back(spec: str, name: str) -> None:
+    codec, x = codecs.build(spec), TENSORS[name]
+    assert codec.name == spec
+    encoded = codec.encode(x)
+    y = codec.decode(encoded)
+    assert (y.shape, y.stride(), y.dtype) == (x.shape, x.stride(), x.dtype)
+    bits, error = COSTS.get(spec, (1.0, 0.8))
+    assert float((y.double() - x.double()).norm() / x.double().norm()) <= error
+    if spec == "none":
+        assert torch.equal(x, y)
+    elif spec in COSTS:
+        assert encoded.nbytes * 8 == pytest.approx(bits * x.numel(), rel=0.01)
+
+
+def test_a_tensor_with_gaps_is_packed() -> None:
+    x = torch.randn(4, 16)[:, ::2]
+    for spec in (*COSTS, "vq:4,2"):
+        codec = codecs.build(spec)
+        y = codec.decode(codec.encode(x))
+        assert y.shape == x.shape and y.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "fp8"])
+def test_block_codes_are_the_ops(kind: str) -> None:
+    x = TENSORS["channels last"]
+    encoded = codecs.build(kind).encode(x)
+    expected = ops.block_quantize(x, kind, 64)
+    assert all(torch.equal(a, b) for a, b in zip(encoded.tensors, expected, strict=True))
+
+
+def test_the_first_codebook_fits_the_first_batch() -> None:
+    """Eight clusters a group and twelve words: what is left is the clusters' own spread, 0.05 of about 4."""
+    assert _error(codecs.build("vq:12,2"), _clusters(64)) < 0.02
+
+
+def test_fewer_rows_than_words_are_exact() -> None:
+    x = torch.randn(3, 4)
+    assert _error(codecs.build("vq:16,2"), x) < 2**-8
+
+
+def test_bytes_are_codes_and_now_and_then_a_codebook() -> None:
+    codec = codecs.build("vq:8,2")
+    first, second = codec.encode(_clusters(64)), codec.encode(_clusters(64, seed=1))
+    codes = 64 * 16 * 3 * 3 // 8
+    assert (second.nbytes, first.nbytes - second.nbytes) == (codes, 3 * 8 * 2 * 2)
+    assert (len(first.tensors), len(second.tensors)) == (2, 1)
+    # Each of the 96 values of a sample is an fp32 on the way without a codec.
+    assert 64 * 96 * 4 / second.nbytes == pytest.approx(32 * 2 / 3)
+
+
+def test_the_codebook_follows_and_is_sent_when_it_has_moved() -> None:
+    codec = codecs.build("vq:12,2")
+    assert isinstance(codec, codecs.VectorQuantization)
+    for step in range(40):
+        _error(codec, _clusters(64, seed=step))
+    settled = codec.version
+    assert settled <= 3, "clusters that stay where they are need few codebooks"
+    before = _error(codec, _clusters(64, shift=3.0))
+    versions = []
+    for step in range(300):
+        encoded = codec.encode(_clusters(64, shift=3.0, seed=step))
+        codec.decode(encoded)
+        versions.append(encoded.version)
+    assert codec.version > settled
+    # A drift is read two batches late; one against a codebook that is gone counts for nothing.
+    assert all(b - a <= 1 for a, b in zip(versions, versions[2:], strict=False))
+    assert _error(codec, _clusters(64, shift=3.0, seed=999)) < before / 4
+    assert codec.codebook_bytes <= 0.1 * (codec.code_bytes + codec.codebook_bytes)
+
+
+def test_codebooks_stay_below_a_tenth_of_all_bytes() -> None:
+    """Activations that jump at every batch, and few rows, so that a codebook is as large as the codes of a batch."""
+    codec = codecs.build("vq:16,2")
+    assert isinstance(codec, codecs.VectorQuantization)
+    for step in range(400):
+        codec.decode(codec.encode(_clusters(1, shift=float(step % 7), seed=step)))
+    codes, books = codec.code_bytes, codec.codebook_bytes
+    first = 3 * 16 * 2 * 2
+    assert codec.version > 1 and books <= max(first, 0.1 * (codes + books))
+
+
+def test_a_resumed_codec_goes_on_bit_for_bit() -> None:
+    batches = [_clusters(16, shift=step / 10, seed=step) for step in range(30)]
+    whole = codecs.build("vq:8,2")
+    for x in batches[:17]:
+        whole.decode(whole.encode(x))
+    second = codecs.build("vq:8,2")
+    second.load_state(whole.state(), torch.device("cpu"))
+    saved = {n: v.clone() for n, v in whole.state().items() if isinstance(v, Tensor)}
+    for x in batches[17:]:
+        a, b = whole.encode(x), second.encode(x)
+        assert a.version == b.version and len(a.tensors) == len(b.tensors)
+        assert all(torch.equal(s, t) for s, t in zip(a.tensors, b.tensors, strict=True))
+        assert torch.equal(whole.decode(a), second.decode(b))
+    assert any(not torch.equal(v, whole.state()[n]) for n, v in saved.items()), "nothing went on"
+
+
+def test_the_two_ends_need_no_more_than_what_travels() -> None:
+    here, there = codecs.VectorQuantization(8, 2), codecs.VectorQuantization(8, 2)
+    both = codecs.build("vq:8,2")
+    for step in range(60):
+        x = _clusters(32, shift=step / 2, seed=step)
+        encoded = here.encode(x)
+        y = there.decode(encoded)
+        assert torch.equal(y, both.decode(both.encode(x)))
+        # The nearest words of those that the consumer has, though the producer's have moved on.
+        assert there.known is not None and here.codebook is not None
+        rows = x.permute(0, 2, 3, 1).reshape(-1, 6)
+        assert torch.equal(encoded.tensors[0], ops.vq_encode(rows, there.known).codes)
+        assert not torch.equal(there.known, here.codebook)
+    assert here.state()["version"] == there.state()["known_version"] > 1
+
+
+def _vq() -> tuple[codecs.Codec, Encoded]:
+    codec = codecs.build("vq:8,2")
+    codec.decode(codec.encode(_clusters(4)))
+    return codec, codec.encode(_clusters(4))
+
+
+def test_what_cannot_be_decoded_is_refused() -> None:
+    codec, good = _vq()
+    codec.decode(good)
+    (codes,) = good.tensors
+    wide = replace(good.layout, shape=(4, 8, 4, 4), stride=(128, 1, 32, 8))
+    for bad, message in [
+        (replace(good, version=9), "expected codebook 1, got 9"),
+        (replace(good, tensors=(codes[:-1],)), "codes must be"),
+        (replace(good, tensors=(codes.int(),)), "codes must be uint8"),
+        (replace(good, layout=wide), "does not belong to 8 channels"),
+        (replace(good, tensors=(codes, torch.zeros(3, 8, 2))), "expected a codebook in bf16"),
+        (replace(good, tensors=(codes, codes, codes)), "expected a codebook in bf16"),
+    ]:
+        with pytest.raises(CodecError, match=message):
+            codec.decode(bad)
+    with pytest.raises(CodecError, match="expected codebook 0, got 1"):
+        codecs.build("vq:8,2").decode(good)
+    x = torch.randn(4, 8)
+    for spec, message in [
+        ("none", "expected one tensor"),
+        ("bf16", "expected one tensor"),
+        ("int4", "payload"),
+    ]:
+        codec = codecs.build(spec)
+        encoded = codec.encode(x)
+        for bad in (
+            replace(encoded, layout=Layout((40, 8), (8, 1), torch.float32)),
+            replace(encoded, tensors=tuple(t.double() for t in encoded.tensors)),
+        ):
+            with pytest.raises(CodecError, match=message):
+                codec.decode(bad)
+        with pytest.raises(CodecError, match="expected"):
+            codec.decode(replace(encoded, tensors=encoded.tensors * 2))
+
+
+def test_damaged_codes_decode_to_words() -> None:
+    codec, good = _vq()
+    damaged = replace(good, tensors=(torch.full_like(good.tensors[0], 255),))
+    assert codec.decode(damaged).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("zip", "unknown codec 'zip': choose one of none, bf16, fp8"),
+        ("bf16:3", "unknown codec 'bf16:3'"),
+        ("vq:256", "unknown codec 'vq:256'.*vq:K,D"),
+        ("vq:256,x", "whole numbers after the colon"),
+        ("vq:1,8", r"expected K in 2..65536 and D >= 1, got vq:1,8"),
+        ("int4:7", "block must be one of"),
+        ("int4:64,2", "unknown codec"),
+    ],
+)
+def test_a_spec_that_does_not_fit_is_refused(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        codecs.build(spec)
+
+
+def test_channels_that_the_depth_does_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"D has to divide the channels, got 6 .*; choose D among 2, 3, 6"):
+        codecs.build("vq:8,4").check((6, 4, 4))
+    codecs.build("vq:8,3").check((6, 4, 4))
+    codecs.build("vq:8,4").check((6, 4))
+    assert prod((6, 4)) % 5 != 0
+    with pytest.raises(ValueError, match="got 4"):
+        codecs.build("vq:8,5").check((6, 4))
