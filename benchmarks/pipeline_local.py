@@ -53,7 +53,7 @@ class LocalGroup:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.critic_optimizer is not None:
-            self.method.critic_step(self.group.critic, result.slot, self.feedback)
+            self.method.critic_step(self.group.critic, result.slot, self.feedback, self.objective)
             self.critic_optimizer.step()
             self.critic_optimizer.zero_grad()
         return result.loss.mean()

@@ -275,18 +275,16 @@ def _pending_state(pending: Pending) -> dict[str, Any]:
         "dlogits": slot.dlogits,
         "loss": slot.loss,
         "scale": slot.scale,
+        "target": slot.target,
         "layers": {n: list(pair) for n, pair in slot.layers.items()},
     }
 
 
 def _pending(state: dict[str, Any], device: torch.device) -> Pending:
-    def place(t: Tensor) -> Tensor:
-        return t.to(device)
-
-    layers = {n: (place(x), place(g)) for n, (x, g) in state["layers"].items()}
-    slot = Slot(
-        place(state["u"]), place(state["dlogits"]), place(state["loss"]), place(state["scale"]), layers
-    )
+    names = ("u", "dlogits", "loss", "scale", "target")
+    tensors = {n: state[n] if state[n] is None else state[n].to(device) for n in names}
+    layers = {n: (x.to(device), g.to(device)) for n, (x, g) in state["layers"].items()}
+    slot = Slot(**tensors, layers=layers)
     return Pending(state["batch"], slot)
 
 

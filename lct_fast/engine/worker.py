@@ -263,7 +263,9 @@ class Worker:
                 )
             self.meter.feedback_bytes += pending.next_loss.nbytes
             with self.meter.span("critic update"):
-                self.settings.method.critic_step(self.critic, pending.slot, pending.next_loss)
+                self.settings.method.critic_step(
+                    self.critic, pending.slot, pending.next_loss, self.settings.objective
+                )
 
     def _update_critic(self) -> None:
         optimizer = self.critic_optimizer

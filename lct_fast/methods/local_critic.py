@@ -107,17 +107,25 @@ class LocalCritic(Method):
         slot = None
         if keep_slot:
             layers = {n: (tape[n][0].detach(), g) for n, g in zip(names, cotangents, strict=True)}
-            slot = Slot(u.detach(), step.dlogits, step.loss, scale, layers)
+            slot = Slot(u.detach(), step.dlogits, step.loss, scale, layers=layers)
+            if step.dlogits is None:
+                slot.target = target
         return LocalStep(h.detach(), step.loss, slot)
 
-    def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor) -> None:
+    def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor, objective: Objective) -> None:
         difference = slot.loss - next_loss
         sign = difference.sign() if self.loss == "l1" else (difference > 0).to(difference.dtype)
-        dweight, dbias = ops.critic_head_wgrad(
-            slot.u, slot.dlogits, sign * slot.scale, critic.activation, dtype=critic.head.weight.dtype
-        )
-        accumulate(critic.head.weight, dweight)
-        accumulate(critic.head.bias, dbias)
+        row_scale, activation, head = sign * slot.scale, critic.activation, critic.head
+        dbias: Tensor | None
+        if slot.dlogits is not None:
+            dweight, dbias = ops.critic_head_wgrad(
+                slot.u, slot.dlogits, row_scale, activation, dtype=head.weight.dtype
+            )
+        else:
+            assert slot.target is not None
+            dweight, dbias = objective.late_weight_gradient(head, slot.u, slot.target, row_scale, activation)
+        accumulate(head.weight, dweight)
+        accumulate(head.bias, dbias)
         modules = dict(critic.named_modules())
         for name, (x, cotangent) in slot.layers.items():
             g = cotangent * sign.to(cotangent.dtype).view(-1, *[1] * (cotangent.dim() - 1))

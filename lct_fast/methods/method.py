@@ -45,14 +45,16 @@ class GroupLike(Protocol):
 class Slot:
     """What the late weight gradient of a critic needs, frozen when the batch passed.
 
-    ``layers`` maps the name of each parametric layer in the critic's features to (input, cotangent at its
-    output); the cotangents carry ``scale``.
+    Where the head has a vocabulary of classes ``target`` [N] stands in place of ``dlogits``. ``layers`` maps the name
+    of each parametric layer in the critic's features to (input, cotangent at its output); the cotangents carry
+    ``scale``.
     """
 
     u: Tensor
-    dlogits: Tensor
+    dlogits: Tensor | None
     loss: Tensor
     scale: Tensor
+    target: Tensor | None = None
     layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -100,9 +102,9 @@ class Method:
 
         Unless a method says otherwise, layers and head learn together from the head's own loss.
         """
-        return joint_step(group, x, target, objective, scale, span=span)
+        return joint_step(group, x, target, objective, scale, span=span, each_row=self.uses_feedback)
 
-    def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor) -> None:
+    def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor, objective: Objective) -> None:
         """Add the critic's gradients, now that the next group's loss [N] on the same batch is known."""
         raise TypeError(f"{type(self).__name__} takes no feedback")
 
@@ -127,16 +129,32 @@ def forward(group: GroupLike, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tens
 
 
 def joint_step(
-    group: GroupLike, x: Tensor, target: Tensor, objective: Objective, scale: Tensor, *, span: Span = no_span
+    group: GroupLike,
+    x: Tensor,
+    target: Tensor,
+    objective: Objective,
+    scale: Tensor,
+    *,
+    span: Span = no_span,
+    each_row: bool = True,
 ) -> LocalStep:
-    """Layers and head learn together from the head's mean loss, in one backward."""
+    """Layers and head learn together from the head's mean loss, in one backward.
+
+    Without ``each_row`` the step's loss need only be right on average.
+    """
     with span("forward"):
         h, read, features = forward(group, x)
     critic = group.critic
     with span("critic"):
         u = features(read)
         step = objective(
-            critic.head, u.detach(), target, scale, activation=critic.activation, with_weight_gradient=True
+            critic.head,
+            u.detach(),
+            target,
+            scale,
+            activation=critic.activation,
+            with_weight_gradient=True,
+            each_row=each_row,
         )
         if critic.head is not None:
             accumulate(critic.head.weight, step.dweight)

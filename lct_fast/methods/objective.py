@@ -10,16 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lct_fast import ops
+from lct_fast.ops.linear_cross_entropy import LARGE
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(slots=True)
 class HeadStep:
-    """Loss [N] (fp32), dlogits [N, V] (never scaled), du [N, D] (scaled), and the head's gradients if asked for."""
+    """Loss [N] (fp32), dlogits [N, V] (never scaled), du [N, D] (scaled), and the head's gradients if asked for.
+
+    With a vocabulary of classes there are no dlogits; and the loss of every row is the mean where rows were not asked
+    for.
+    """
 
     loss: Tensor
-    dlogits: Tensor
+    dlogits: Tensor | None
     du: Tensor
     dweight: Tensor | None
     dbias: Tensor | None
@@ -28,8 +33,8 @@ class HeadStep:
 class Objective:
     """Per-sample loss of logits against targets.
 
-    Cross-entropy with integer labels runs through the fused ``critic_head`` op. Soft labels (float targets
-    [N, V]) and a loss of the user's own run through torch.
+    Cross-entropy with integer labels runs through the fused ``critic_head`` op, and with 32,768 classes or more through
+    ``linear_cross_entropy``. Soft labels (float targets [N, V]) and a loss of the user's own run through torch.
 
     Args:
         loss: ``loss(logits [N, V] fp32, target) -> [N]``, without a reduction; None for cross-entropy.
@@ -59,12 +64,18 @@ class Objective:
         *,
         activation: str = "none",
         with_weight_gradient: bool = False,
+        each_row: bool = True,
     ) -> HeadStep:
         """Loss and gradients at ``u`` [N, D], the head's pre-activation input (detached by the caller).
 
-        ``scale`` is the factor of the mean; it reaches ``du``, ``dweight`` and ``dbias`` but not ``dlogits``.
+        ``scale`` is the factor of the mean; it reaches ``du``, ``dweight`` and ``dbias`` but not ``dlogits``. Without
+        ``each_row`` the loss need only be right on average.
         """
         if head is not None and self.loss is None and not target.is_floating_point():
+            if head.out_features >= LARGE:
+                return self._of_a_vocabulary(
+                    head, u, target, scale, activation, with_weight_gradient, each_row
+                )
             row_scale = scale.expand(len(u)).contiguous() if with_weight_gradient else None
             r = ops.critic_head(
                 u,
@@ -78,6 +89,45 @@ class Objective:
             )
             return HeadStep(r.loss, r.dlogits, r.dh, r.dweight, r.dbias if head.bias is not None else None)
         return self._in_torch(head, u, target, scale, activation, with_weight_gradient)
+
+    def late_weight_gradient(
+        self, head: nn.Linear, u: Tensor, target: Tensor, row_scale: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``critic_head_wgrad`` for a vocabulary of classes: made again from ``u``, by the head as it is now."""
+        parameters = [p.detach().requires_grad_() for p in head.parameters()]
+        with torch.enable_grad():
+            loss = self._vocabulary_loss(u, parameters, target, activation, "none")
+            dweight, *dbias = torch.autograd.grad(loss, parameters, row_scale.to(loss.dtype))
+        return dweight, dbias[0] if dbias else None
+
+    def _of_a_vocabulary(
+        self,
+        head: nn.Linear,
+        u: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        activation: str,
+        weights: bool,
+        each_row: bool,
+    ) -> HeadStep:
+        u = u.detach().requires_grad_()
+        parameters = [p.detach().requires_grad_(weights) for p in head.parameters()]
+        inputs = [u, *(parameters if weights else [])]
+        with torch.enable_grad():
+            loss = self._vocabulary_loss(u, parameters, target, activation, "none" if each_row else "sum")
+            du, *rest = torch.autograd.grad(loss, inputs, scale.to(loss.dtype).expand_as(loss))
+        dweight, dbias = (*rest, None, None)[:2]
+        loss = loss.detach().float()
+        return HeadStep(loss if each_row else (loss / len(u)).expand(len(u)), None, du, dweight, dbias)
+
+    def _vocabulary_loss(
+        self, u: Tensor, parameters: list[Tensor], target: Tensor, activation: str, reduction: str
+    ) -> Tensor:
+        weight, *bias = parameters
+        a = u.relu() if activation == "relu" else u
+        return ops.linear_cross_entropy(
+            a, weight, bias[0] if bias else None, target, self.ignore_index, reduction
+        )
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         """Loss [N] of logits [N, V], differentiable."""

@@ -48,7 +48,7 @@ def test_group_learns_from_its_critic_and_critic_from_the_next_loss(spec: str) -
     got_group = {n: p.grad.clone() for n, p in group.layers.named_parameters()}
     assert all(p.grad is None for p in group.critic.parameters())
     assert step.slot is not None
-    method.critic_step(group.critic, step.slot, next_loss)
+    method.critic_step(group.critic, step.slot, next_loss, Objective())
     got_critic = {n: p.grad.clone() for n, p in group.critic.named_parameters()}
 
     group.zero_grad()
@@ -78,7 +78,7 @@ def test_late_gradient_is_that_of_the_weights_in_force_when_the_batch_passed() -
         for p in group.critic.parameters():
             p.add_(torch.randn_like(p))
     assert step.slot is not None
-    method.critic_step(group.critic, step.slot, next_loss)
+    method.critic_step(group.critic, step.slot, next_loss, Objective())
     for p, e in zip(group.critic.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-12)
 
@@ -92,7 +92,7 @@ def test_one_sided_loss_ignores_samples_the_critic_underrates() -> None:
     own = F.cross_entropy(group.critic(step.h), y, reduction="none")
     expected = torch.autograd.grad((own - next_loss).clamp(min=0).mean(), list(group.critic.parameters()))
     assert step.slot is not None
-    method.critic_step(group.critic, step.slot, next_loss)
+    method.critic_step(group.critic, step.slot, next_loss, Objective())
     for p, e in zip(group.critic.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-12)
 
@@ -112,7 +112,7 @@ def test_ignored_rows_reach_neither_group_nor_critic() -> None:
             group, x[:n], y[:n], objective, objective.scale(y[:n]).double(), keep_slot=True
         )
         assert step.slot is not None
-        method.critic_step(group.critic, step.slot, torch.zeros(n, dtype=torch.float64))
+        method.critic_step(group.critic, step.slot, torch.zeros(n, dtype=torch.float64), Objective())
         grads.append([p.grad for p in group.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
