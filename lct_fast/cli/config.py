@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lct_fast import codecs
 from lct_fast.engine.trainer import PIPELINED_DELAY, SCHEDULES
 
 METHODS = ("local-critic", "greedy", "backprop")
@@ -45,7 +46,9 @@ class Config:
     critic_every: int = _option(1, "update the critics on every n-th update (local-critic)")
     critic_loss: str = _option("l1", "the critic's loss (local-critic)", ("l1", "one_sided"))
     critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
-    codec: str = _option("none", "what crosses a cut: none | bf16")
+    codec: list[str] = _option(
+        None, f"what crosses cuts in training, one for all or one a cut: {' | '.join(codecs.names())}"
+    )
     schedule: str = _option("lockstep", "how groups share time", SCHEDULES)
     feedback_delay: int = _option(
         None, "batches until a critic learns from a batch (local-critic); default 0, pipelined 3"
@@ -82,6 +85,7 @@ _DIGITS = {
     "lr": 0.05,
     "augment": "none",
     "critic": ["pooled_linear:pool=2"],
+    "codec": ["none"],
 }
 _IMAGES = {
     "model": "lct_vgg",
@@ -90,6 +94,7 @@ _IMAGES = {
     "lr": 0.1,
     "augment": "crop_flip",
     "critic": ["pooled_linear:pool=4"],
+    "codec": ["none"],
 }
 
 

@@ -132,7 +132,7 @@ def _summary(
         "groups": len(trainer.groups),
         "split": config.split if len(trainer.groups) > 1 else [],
         "critic": config.critic if len(trainer.groups) > 1 else None,
-        "codec": config.codec,
+        "codec": " ".join(config.codec),
         "schedule": config.schedule,
         "feedback_delay": trainer.settings.feedback_delay if trainer.method.uses_feedback else None,
         "processes": processes.count(),

@@ -320,16 +320,18 @@ class Trainer:
     def _wires(self, codec: str | Sequence[str]) -> list[str]:
         """The codec's spec for each cut."""
         cuts = self.groups[:-1]
-        specs = [codec] * len(cuts) if isinstance(codec, str) else list(codec)
+        specs = [codec] if isinstance(codec, str) else list(codec)
+        for spec in specs:
+            # Refused also where nothing is cut.
+            codecs.build(spec)
+        if len(specs) == 1:
+            specs *= len(cuts)
         if len(specs) != len(cuts):
             raise ValueError(
                 f"codec: expected one spec or one for each of {len(cuts)} cuts, got {len(specs)}"
             )
         for group, spec in zip(cuts, specs, strict=True):
             codecs.build(spec).check(group.shape)
-        if isinstance(codec, str):
-            # Refused also where nothing is cut.
-            codecs.build(codec)
         return specs
 
     def _stage(self, name: str) -> Stage:

@@ -19,8 +19,8 @@ from tests.engine import nets
 from tests.ladder import PLACES
 
 # The method, its critic, the trainer's options, and the largest relative difference of a loss over eight updates.
-# fp32 sums in another order differ by about 1e-7, which SGD at 0.05 carries on; a bf16 step is rounded at 2^-9. vq draws
-# the first words by a race that reads the last bits of errors: another codebook on each backend, as good as the other.
+# fp32 sums in another order differ by about 1e-7, which SGD at 0.05 carries on; a bf16 step is rounded at 2^-9. vq
+# draws the first words by a race that reads the last bits of errors: another codebook on each backend, as good.
 CASES: dict[str, tuple[type[lct.Method], str, dict[str, Any], float]] = {
     "pooled critics": (lct.LocalCritic, "pooled_linear", {}, 1e-4),
     "conv critics": (lct.LocalCritic, "conv_fc:filters=4", {"feedback_delay": 2}, 1e-4),
