@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lct_fast.critics.norm_relu_pool import NormReluPool
+from lct_fast.critics.norm_relu_pool import NormReluPool, observed
 from lct_fast.engine.graph import used_by
 
 _TAIL = "norm_relu_pool"
@@ -33,14 +33,7 @@ class FusedLayers(nn.Module):
     @property
     def altered(self) -> bool:
         """Whether a hook, or a forward of somebody's own, waits for a call that would not come."""
-        return any(
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or "forward" in vars(m)
-            for m in self.bypassed
-        )
+        return any(map(observed, self.bypassed))
 
 
 def fuse(layers: nn.Module, side: int) -> FusedLayers | None:
@@ -71,7 +64,7 @@ def fuse(layers: nn.Module, side: int) -> FusedLayers | None:
     if relu.op == "call_module":
         bypassed.append(layers.get_submodule(str(relu.target)))
     root = used_by(layers, graph.nodes)
-    root[_TAIL] = NormReluPool(bypassed[len(opened)], side)  # type: ignore[arg-type]
+    root[_TAIL] = NormReluPool(bypassed[len(opened)], side, _sole_producer(layers, norm))  # type: ignore[arg-type]
     with graph.inserting_before(output):
         tail = graph.call_module(_TAIL, (norm.args[0],))
     output.args = (tail,)
@@ -116,6 +109,15 @@ def _opened(layers: fx.GraphModule) -> list[str]:
         return []
     module = layers.get_submodule(str(last.target))
     return [] if type(module).__module__.startswith("torch.nn") else [str(last.target)]
+
+
+def _sole_producer(layers: nn.Module, norm: fx.Node) -> nn.Conv2d | None:
+    """The convolution whose output nothing but the norm reads."""
+    before = norm.args[0]
+    if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+        return None
+    module = layers.get_submodule(str(before.target))
+    return module if type(module) is nn.Conv2d else None
 
 
 def _is_relu(layers: nn.Module, node: object) -> bool:

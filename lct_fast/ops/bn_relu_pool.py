@@ -42,6 +42,7 @@ def bn_relu_pool(
     momentum: float = 0.1,
     eps: float = 1e-5,
     pool: int = 1,
+    reuse_input: bool = False,
 ) -> BnReluPool:
     """y = relu(batch_norm(x)) and the average of y over pool x pool windows, sharing passes over x.
 
@@ -65,6 +66,9 @@ def bn_relu_pool(
         momentum: share of the batch in the new running statistics.
         eps: added to the variance.
         pool: P; it has to divide H and W.
+        reuse_input: the backward pass may write dx over x, which saves a map: for an x that nothing else reads
+            afterwards and whose producer does not save its output, such as a convolution's. A second backward pass
+            through the same graph then raises torch's error about a tensor changed in place. Compiled code allocates.
 
     Returns:
         BnReluPool(y [N, C, H, W], pooled [N, C, P, P] in x's dtype, mean [C], var [C] fp32 (fp64 for fp64)).
@@ -78,7 +82,14 @@ def bn_relu_pool(
         raise ValueError("running_mean and running_var go together, got only one; pass both or neither")
     given = not training and running_mean is not None
     y, pooled, mean, var, _ = _bn_relu_pool(
-        x, gamma, beta, running_mean if given else None, running_var if given else None, eps, pool
+        x,
+        gamma,
+        beta,
+        running_mean if given else None,
+        running_var if given else None,
+        eps,
+        pool,
+        reuse_input,
     )
     if training and running_mean is not None and running_var is not None and x.shape[0] > 0:
         count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -161,9 +172,9 @@ def _empty(x: Tensor, pool: int) -> Outputs:
     )
 
 
-def _empty_gradients(x: Tensor) -> Gradients:
+def _empty_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     channels, sums = x.shape[1], _sums_dtype(x)
-    return _empty_map(x), x.new_empty(channels, dtype=sums), x.new_empty(channels, dtype=sums)
+    return x.new_empty(channels, dtype=sums), x.new_empty(channels, dtype=sums)
 
 
 def _run(
@@ -174,6 +185,7 @@ def _run(
     given_var: Tensor | None,
     eps: float,
     pool: int,
+    reuse_input: bool,
 ) -> Outputs:
     _check(x, gamma, beta, given_mean, given_var, pool)
     run: Callable[..., Outputs] = _FORWARD.resolve(x.device.type, x.dtype)
@@ -197,14 +209,50 @@ def _run_backward(
     batch_statistics: bool,
     eps: float,
 ) -> Gradients:
-    run: Callable[..., Gradients] = _BACKWARD.resolve(x.device.type, x.dtype)
+    x = _dense(x, _is_channels_last(x))
+    dx = _empty_map(x)
+    return dx, *_write_gradients(dx, dy, dpooled, x, gamma, beta, mean, var, moments, batch_statistics, eps)
+
+
+def _run_backward_over_x(
+    dy: Tensor | None,
+    dpooled: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    moments: Tensor,
+    batch_statistics: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    dense = _dense(x, _is_channels_last(x))
+    sums = _write_gradients(dense, dy, dpooled, dense, gamma, beta, mean, var, moments, batch_statistics, eps)
+    if dense is not x:
+        x.copy_(dense)
+    return sums
+
+
+def _write_gradients(
+    dx: Tensor,
+    dy: Tensor | None,
+    dpooled: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    moments: Tensor,
+    batch_statistics: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Fills dx, which may be x, and returns dgamma and dbeta."""
+    run: Callable[..., tuple[Tensor, Tensor]] = _BACKWARD.resolve(x.device.type, x.dtype)
     if x.shape[0] == 0:
-        dx, dgamma, dbeta = _empty_gradients(x)
-        return dx, dgamma.zero_(), dbeta.zero_()
-    channels_last = _is_channels_last(x)
-    dy = None if dy is None else _dense(dy, channels_last)
-    x = _dense(x, channels_last)
-    return run(dy, dpooled.contiguous(), x, gamma, beta, mean, var, moments, batch_statistics, eps)
+        dgamma, dbeta = _empty_sums(x)
+        return dgamma.zero_(), dbeta.zero_()
+    dy = None if dy is None else _dense(dy, _is_channels_last(x))
+    return run(dx, dy, dpooled.contiguous(), x, gamma, beta, mean, var, moments, batch_statistics, eps)
 
 
 def _fake(
@@ -215,6 +263,7 @@ def _fake(
     given_var: Tensor | None,
     eps: float,
     pool: int,
+    reuse_input: bool,
 ) -> Outputs:
     _check(x, gamma, beta, given_mean, given_var, pool)
     return _empty(x, pool)
@@ -232,11 +281,26 @@ def _fake_backward(
     batch_statistics: bool,
     eps: float,
 ) -> Gradients:
-    return _empty_gradients(x)
+    return _empty_map(x), *_empty_sums(x)
+
+
+def _fake_backward_over_x(
+    dy: Tensor | None,
+    dpooled: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    moments: Tensor,
+    batch_statistics: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return _empty_sums(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, gamma, beta, given_mean, _, eps, _ = inputs
+    x, gamma, beta, given_mean, _, eps, _, reuse_input = inputs
     _, pooled, mean, var, moments = output
     ctx.mark_non_differentiable(mean, var, moments)
     # A critic's gradient arrives through pooled alone: don't fill a map with zeros for y.
@@ -245,11 +309,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.batch_statistics = given_mean is None
     ctx.eps = eps
     ctx.pooled_shape = pooled.shape
+    ctx.reuse_input = reuse_input
 
 
 def _backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None and dpooled is None:
-        return (None,) * 7
+        return (None,) * 8
     if torch.is_grad_enabled():
         raise RuntimeError(
             "bn_relu_pool is differentiable once, and create_graph=True asks for more; "
@@ -258,10 +323,15 @@ def _backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None, *_: None) -> 
     x, gamma, beta, mean, var, moments = ctx.saved_tensors
     if dpooled is None:
         dpooled = x.new_zeros(ctx.pooled_shape)
-    dx, dgamma, dbeta = _bn_relu_pool_backward(
-        dy, dpooled, x, gamma, beta, mean, var, moments, ctx.batch_statistics, ctx.eps
-    )
-    return dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), *(None,) * 4
+    inputs = dy, dpooled, x, gamma, beta, mean, var, moments, ctx.batch_statistics, ctx.eps
+    if ctx.reuse_input and ctx.needs_input_grad[0] and not torch.compiler.is_compiling():
+        dgamma, dbeta = _bn_relu_pool_backward_(*inputs)
+        # Whoever reads x again is told.
+        torch.autograd.graph.increment_version(x)
+        dx = x.detach()
+    else:
+        dx, dgamma, dbeta = _bn_relu_pool_backward(*inputs)
+    return dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), *(None,) * 5
 
 
 def _in_format_of(x: Tensor, result: Tensor) -> Tensor:
@@ -285,6 +355,7 @@ def _reference(
 
 
 def _reference_backward(
+    dx: Tensor,
     dy: Tensor | None,
     dpooled: Tensor,
     x: Tensor,
@@ -295,11 +366,12 @@ def _reference_backward(
     moments: Tensor,
     batch_statistics: bool,
     eps: float,
-) -> Gradients:
-    dx, dgamma, dbeta = reference.bn_relu_pool_backward(
+) -> tuple[Tensor, Tensor]:
+    result, dgamma, dbeta = reference.bn_relu_pool_backward(
         dy, dpooled, x, gamma, beta, mean, var, moments, batch_statistics, eps
     )
-    return _in_format_of(x, dx), dgamma, dbeta
+    dx.copy_(result)
+    return dgamma, dbeta
 
 
 def _float(x: Tensor) -> Tensor:
@@ -353,6 +425,7 @@ def _native_forward(
 
 
 def _native_backward(
+    dx: Tensor,
     dy: Tensor | None,
     dpooled: Tensor,
     x: Tensor,
@@ -363,9 +436,9 @@ def _native_backward(
     moments: Tensor,
     batch_statistics: bool,
     eps: float,
-) -> Gradients:
+) -> tuple[Tensor, Tensor]:
     native: Any = _native.load()
-    out = dx, dgamma, dbeta = _empty_gradients(x)
+    out = dgamma, dbeta = _empty_sums(x)
     gamma, beta = _float(gamma), _float(beta)
     sizes = _sizes(x, dpooled.shape[2])
     threads = torch.get_num_threads()
@@ -417,6 +490,7 @@ def _triton_forward(
 
 
 def _triton_backward(
+    dx: Tensor,
     dy: Tensor | None,
     dpooled: Tensor,
     x: Tensor,
@@ -427,10 +501,10 @@ def _triton_backward(
     moments: Tensor,
     batch_statistics: bool,
     eps: float,
-) -> Gradients:
+) -> tuple[Tensor, Tensor]:
     from lct_fast.kernels import bn_relu_pool as kernels
 
-    out = dx, dgamma, dbeta = _empty_gradients(x)
+    out = dgamma, dbeta = _empty_sums(x)
     with torch.cuda.device(x.get_device()):
         kernels.bn_relu_pool_backward(
             dy, dpooled, x, gamma.contiguous(), beta.contiguous(), mean, var, moments, batch_statistics, eps,
@@ -463,7 +537,7 @@ _BACKWARD = Op(
 
 _bn_relu_pool = register(
     "bn_relu_pool(Tensor x, Tensor gamma, Tensor beta, Tensor? given_mean, Tensor? given_var, float eps, "
-    "int pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int pool, bool reuse_input) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
     _setup_context,
@@ -474,4 +548,10 @@ _bn_relu_pool_backward = register(
     "Tensor var, Tensor moments, bool batch_statistics, float eps) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
+)
+_bn_relu_pool_backward_ = register(
+    "bn_relu_pool_backward_(Tensor? dy, Tensor dpooled, Tensor(a!) x, Tensor gamma, Tensor beta, Tensor mean, "
+    "Tensor var, Tensor moments, bool batch_statistics, float eps) -> (Tensor, Tensor)",
+    _run_backward_over_x,
+    _fake_backward_over_x,
 )

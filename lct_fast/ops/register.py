@@ -24,7 +24,8 @@ def register(
     """Declare one op and return it, ready to call.
 
     Args:
-        schema: "name(Tensor x, ...) -> Tensor", the outputs fresh tensors that alias no input.
+        schema: "name(Tensor x, ...) -> Tensor", the outputs fresh tensors that alias no input; a `Tensor(a!) x` is
+            written.
         run: computes it on any device.
         fake: shapes, dtypes and strides of what `run` returns.
         setup_context, backward: the autograd formula, if it has one.

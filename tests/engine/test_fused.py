@@ -210,3 +210,32 @@ def test_it_runs_compiled() -> None:
         groups = nets.groups(lct.Greedy(), 2)
         losses.append(lct.Trainer(groups, lct.Greedy(), compile=compile).step(x, y).losses)
     torch.testing.assert_close(losses[0], losses[1])
+
+
+def _convolved(unit: Unit, watch: list[Tensor]) -> Tensor:
+    """The convolution's output after the backward pass, seen through a view that no hook shows."""
+    shared = fuse(_layers(unit), 2)
+    assert shared is not None
+    tail = shared.graph_module.norm_relu_pool
+    torch.manual_seed(0)
+    own = tail.forward
+    tail.forward = lambda x: watch.append(x.detach()) or own(x)
+    h, pooled = shared(torch.randn(2, 3, 8, 8))
+    before = watch[0].clone()
+    pooled.sum().backward()
+    return watch[0] - before
+
+
+def test_the_gradient_is_written_over_what_a_convolution_alone_gave() -> None:
+    twice = {"used beside": lambda m, x: (lambda z: (z * 2, F.relu(m.norm(z)))[1])(x)}
+    assert _convolved(Unit(ENDS["F.relu"]), []).abs().sum() > 0
+    assert not _convolved(Unit(twice["used beside"]), []).any()
+    assert not _convolved(Unit(lambda m, x: F.relu(m.norm(x.exp()))), []).any(), "exp keeps its output"
+    unit = Unit(ENDS["F.relu"])
+    unit.conv.register_forward_hook(lambda *_: None)
+    assert not _convolved(unit, []).any()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    (group, _) = nets.groups(lct.Greedy(), 2)
+    assert group.fused is None
+    handle.remove()
+    assert group.fused is not None

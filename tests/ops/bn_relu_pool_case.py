@@ -40,19 +40,22 @@ class Case:
     pool: int
     momentum: float = 0.1
     eps: float = 1e-5
+    reuse_input: bool = False
 
     def run(self) -> dict[str, Tensor]:
         """Every output and gradient of the op; the case's own running statistics stay as they are."""
         running_mean, running_var = self.running_mean.clone(), self.running_var.clone()
         x, gamma, beta = (t.detach().clone().requires_grad_() for t in (self.x, self.gamma, self.beta))
-        out = ops.bn_relu_pool(
-            x, gamma, beta, running_mean, running_var, self.training, self.momentum, self.eps, self.pool
-        )
+        # What may be written over is no leaf.
+        given = x.clone() if self.reuse_input else x
+        statistics = (running_mean, running_var, self.training, self.momentum, self.eps)
+        out = ops.bn_relu_pool(given, gamma, beta, *statistics, self.pool, self.reuse_input)
         return {
             **{name: t.detach() for name, t in out._asdict().items()},
             "running_mean": running_mean,
             "running_var": running_var,
             **self._gradients(out.y, out.pooled, (x, gamma, beta)),
+            "x afterwards": given.detach(),
         }
 
     def _gradients(self, y: Tensor, pooled: Tensor, leaves: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -312,3 +312,33 @@ def test_no_gradient_of_the_map_is_made_for_the_critic() -> None:
     )
     map_bytes = x.numel() * 4
     assert map_bytes <= allocated < 1.1 * map_bytes
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("with_dy", [True, False])
+def test_dx_may_be_written_over_x(place: Place, with_dy: bool, layout: str) -> None:
+    """Whole and partial vectors, several windows; the bits are those of a dx of its own."""
+    for shape, dtype in (((3, 35, 2, 10, 2), "bf16"), ((2, 5, 4, 72, 4), "f32")):
+        case = make(*shape, DTYPES[dtype], layout, place.device, with_dy=with_dy)
+        apart, over = case.run(), replace(case, reuse_input=True).run()
+        for name in (*GRADIENTS, "y", "pooled"):
+            assert_same_bits(name, over[name], apart[name])
+        assert_same_bits("x", apart["x afterwards"], case.x)
+        assert_same_bits("x", over["x afterwards"], over["dx"])
+        assert not torch.equal(over["dx"], case.x)
+
+
+def test_a_second_pass_over_what_was_written_is_refused() -> None:
+    case = make(3, 5, 4, 6, 2)
+    x = case.x.clone().requires_grad_()
+    pooled = ops.bn_relu_pool(x * 1, case.gamma, case.beta, pool=2, reuse_input=True).pooled
+    pooled.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        pooled.sum().backward()
+
+
+def test_an_x_without_a_gradient_is_left_alone() -> None:
+    case = make(3, 5, 4, 6, 2)
+    x, gamma = case.x.clone(), case.gamma.clone().requires_grad_()
+    ops.bn_relu_pool(x, gamma, case.beta, pool=2, reuse_input=True).pooled.sum().backward()
+    assert gamma.grad is not None and torch.equal(x, case.x)

@@ -22,7 +22,7 @@ def test_opcheck(place: Place, training: bool, requires_grad: bool, layout: str)
     case = make(3, 5, 4, 6, 2, layout=layout, device=place.device)
     given = (None, None) if training else (case.running_mean, case.running_var)
     leaves = (t.requires_grad_(requires_grad) for t in (case.x, case.gamma, case.beta))
-    arguments = (*leaves, *given, case.eps, case.pool)
+    arguments = (*leaves, *given, case.eps, case.pool, False)
     assert torch.library.opcheck(torch.ops.lct.bn_relu_pool.default, arguments) == CHECKED
 
 
@@ -30,9 +30,11 @@ def test_opcheck(place: Place, training: bool, requires_grad: bool, layout: str)
 @pytest.mark.parametrize("with_dy", [True, False])
 def test_opcheck_backward(place: Place, with_dy: bool, layout: str) -> None:
     case = make(3, 5, 4, 6, 2, torch.bfloat16, layout, place.device, with_dy=with_dy)
-    out = torch.ops.lct.bn_relu_pool.default(case.x, case.gamma, case.beta, None, None, case.eps, case.pool)
-    arguments = (case.dy, case.dpooled, case.x, case.gamma, case.beta, *out[2:], True, case.eps)
-    assert torch.library.opcheck(torch.ops.lct.bn_relu_pool_backward.default, arguments) == CHECKED
+    leaves = (case.x, case.gamma, case.beta)
+    out = torch.ops.lct.bn_relu_pool.default(*leaves, None, None, case.eps, case.pool, False)
+    arguments = (case.dy, case.dpooled, *leaves, *out[2:], True, case.eps)
+    for op in (torch.ops.lct.bn_relu_pool_backward, torch.ops.lct.bn_relu_pool_backward_):
+        assert torch.library.opcheck(op.default, arguments) == CHECKED
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -66,7 +68,7 @@ def test_mean_and_var_carry_no_gradient() -> None:
 
 def step(case: Case, leaves: list[Tensor], running: list[Tensor]) -> Tensor:
     x, gamma, beta = leaves
-    out = ops.bn_relu_pool(x * 2, gamma, beta, *running, pool=case.pool)
+    out = ops.bn_relu_pool(x * 2, gamma, beta, *running, pool=case.pool, reuse_input=case.reuse_input)
     return (out.pooled * case.dpooled).sum() + (out.y * case.dy).sum()
 
 
@@ -80,12 +82,14 @@ def run_step(run: object, case: Case) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_into_one_graph(place: Place, dynamic: bool, layout: str) -> None:
-    """The update of the running statistics in place included."""
+@pytest.mark.parametrize("reuse", [False, True])
+def test_compiles_into_one_graph(place: Place, reuse: bool, dynamic: bool, layout: str) -> None:
+    """The update of the running statistics in place included; dx has memory of its own there."""
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for samples in (3, 5):
         case = make(samples, 6, 4, 6, 2, layout=layout, device=place.device, with_dy=True)
+        case = replace(case, reuse_input=reuse)
         expected = run_step(step, case)
         assert len(expected) == 6 and not torch.equal(expected[1], case.running_mean)
         for a, b in zip(expected, run_step(compiled, case), strict=True):

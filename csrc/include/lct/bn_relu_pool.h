@@ -66,7 +66,7 @@ struct BnReluPoolBackward {
   const float* mean;      // [C]
   const float* var;       // [C]
   const float* moments;   // [2, N, C, P, P], unread with dy
-  void* dx;               // as x
+  void* dx;               // as x; may be x itself, element by element
   float* dgamma;          // [C]
   float* dbeta;           // [C]
   void* workspace;
