@@ -2,11 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from lct_fast.bench import machine
 from lct_fast.bench.case import Contender
@@ -46,6 +45,15 @@ def turns(count: int, rounds: int) -> Iterator[int]:
     return ((i + k) % count for i in range(rounds) for k in range(count))
 
 
+def _progress(order: Sequence[int], about: str) -> Iterable[int]:
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        # A GPU machine may have little more than torch.
+        return order
+    return tqdm(order, desc=about, leave=False, disable=None)
+
+
 class Sampler:
     """Takes samples on a device, "cpu" or "cuda", and watches who else uses the machine meanwhile."""
 
@@ -63,7 +71,7 @@ class Sampler:
     ) -> list[list[Sample]]:
         """`samples` times of each contender, by `runs[i]`, which is its `run` or a graph of it."""
         order = list(turns(len(contenders), samples))
-        bar = tqdm(order, desc=about, leave=False, disable=None)
+        bar = _progress(order, about)
         found: list[list[Sample]] = [[] for _ in contenders]
         with self.watch:
             if self.device == "cuda":

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``bench``."""
     # Torch reads it at its first allocation. It helps torch most.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # The profiler, which counts memory, announces itself on every other level.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
 
     from lct_fast.bench import cases, report
@@ -109,3 +111,11 @@ def _say(text: str) -> None:
 
 def _nothing(text: str) -> None:
     pass
+
+
+if __name__ == "__main__":
+    # Without the packages that other commands need, for GPU machines that have little more than torch.
+    _parser = argparse.ArgumentParser(prog="python -m lct_fast.cli.bench")
+    add_parser(_parser.add_subparsers())
+    _args = _parser.parse_args(["bench", *sys.argv[1:]])
+    sys.exit(_args.run(_args))
