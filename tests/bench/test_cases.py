@@ -72,6 +72,21 @@ def test_every_output_of_a_contender_is_checked(bench: Bench, kind: str) -> None
             case.check(spoiled(outputs, name), each.slack)
 
 
+@pytest.mark.parametrize(
+    ("name", "output"), [("block_quantize", "payload"), ("block_dequantize", "x"), ("vq_decode", "x")]
+)
+def test_what_is_exact_is_held_to_its_last_bit(name: str, output: str) -> None:
+    bench = BENCHES[name]
+    case = bench.case(bench.tiny, Place())
+    mine = case.contenders[0]
+    outputs = dict(mine.outputs(mine.run()))
+    bits = outputs[output].contiguous().view(-1).view(torch.uint8).clone()
+    bits[0] ^= 1
+    outputs[output] = bits.view(outputs[output].dtype).view(outputs[output].shape)
+    with pytest.raises(WrongOutput):
+        case.check(outputs, mine.slack)
+
+
 def test_names_and_stems() -> None:
     assert [bench.name for bench in cases.find(["vq"])] == ["vq_encode", "vq_decode", "vq_update"]
     # An op before a stem of the same name, and nothing twice.

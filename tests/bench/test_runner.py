@@ -65,7 +65,7 @@ def test_an_error_is_a_failure_and_a_backend_s_refusal_is_not() -> None:
 
 
 def test_what_is_checked_starts_from_what_reset_gives() -> None:
-    x = torch.ones(4)
+    x = torch.full((4,), 5.0)
     in_place = contender("a", lambda: x.mul_(2), reset=lambda: [x.fill_(1.0)])  # type: ignore[arg-type, return-value]
     (row,) = rows_of(in_place)
     assert row["failed"] == "" and row["error"] == 0.0
