@@ -24,7 +24,8 @@ class Contender:
 
     run: does it once. outputs: what is compared with float64, by name, from what `run` returns. backend: of ours;
     empty for a rival. slack: see `rule.judge`. reset: brings back what `run` changes in place, before every sample
-    and untimed. graphs: whether a CUDA graph can capture it. in_torch: whether its memory is torch's to count.
+    and untimed. graphs: False where it is known that no CUDA graph captures it. in_torch: False where its memory is
+    not torch's to count.
     """
 
     name: str

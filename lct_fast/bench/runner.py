@@ -1,6 +1,7 @@
 """One case from start to end: every contender checked, then all that passed timed in turns. A row each."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,12 @@ def prepare(contender: Contender, case: Case, device: str) -> Ready:
     peak = peak_bytes(contender, device) if contender.in_torch else None
     if device != "cuda" or not contender.graphs:
         return Ready(contender, contender.run, accuracy, peak)
-    replay, out = _capture(contender)
+    try:
+        replay, out = _capture(contender)
+    except RuntimeError:
+        # Something in it waits for the device.
+        torch.cuda.synchronize()
+        return Ready(replace(contender, graphs=False), contender.run, accuracy, peak)
     _fresh(contender, replay)
     return Ready(contender, replay, case.check(contender.outputs(out), contender.slack), peak)
 

@@ -113,9 +113,18 @@ def _nothing(text: str) -> None:
     pass
 
 
+def main() -> int:
+    """The command without the packages that other commands need: a GPU machine may have little more than torch."""
+    parser = argparse.ArgumentParser(prog="python -m lct_fast.cli.bench")
+    add_parser(parser.add_subparsers())
+    sys.argv.insert(1, "bench")
+    args = parser.parse_args()
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"lct-fast bench: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    # Without the packages that other commands need, for GPU machines that have little more than torch.
-    _parser = argparse.ArgumentParser(prog="python -m lct_fast.cli.bench")
-    add_parser(_parser.add_subparsers())
-    _args = _parser.parse_args(["bench", *sys.argv[1:]])
-    sys.exit(_args.run(_args))
+    sys.exit(main())

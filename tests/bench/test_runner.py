@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from lct_fast.bench import runner
 from lct_fast.bench.case import Contender, Place
-from lct_fast.bench.rule import Accuracy
+from lct_fast.bench.rule import Accuracy, WrongOutput
 from lct_fast.bench.runner import Ready, _rounds, measure, peak_bytes
 from lct_fast.bench.sampling import Sampler
 from lct_fast.ops import BackendError
@@ -82,6 +83,30 @@ def test_peak_memory_counts_what_is_freed_again_and_what_is_returned() -> None:
     assert 8000 <= peak_bytes(contender("a", run), "cpu") < 9000
     (row,) = rows_of(contender("a", right, in_torch=False))
     assert row["peak_bytes"] is None
+
+
+def test_what_cannot_be_captured_is_timed_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(_: Contender) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(runner, "_capture", capture)
+    monkeypatch.setattr(runner, "peak_bytes", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    mine = contender("a", right)
+    ready = runner.prepare(mine, bench(mine).case("4", Place()), "cuda")
+    assert not ready.contender.graphs and ready.run is mine.run
+
+
+def test_a_graph_s_output_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = right() * 0
+    monkeypatch.setattr(runner, "_capture", lambda _: (lambda: None, stale))
+    monkeypatch.setattr(runner, "peak_bytes", lambda *_: 0)
+    mine = contender("a", right)
+    case = bench(mine).case("4", Place())
+    with pytest.raises(WrongOutput):
+        runner.prepare(mine, case, "cuda")
+    monkeypatch.setattr(runner, "_capture", lambda _: (lambda: stale.fill_(2.0), stale))
+    assert runner.prepare(mine, case, "cuda").contender.graphs
 
 
 def test_graphs_are_on_all_sides_or_on_none() -> None:
