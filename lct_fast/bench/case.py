@@ -25,7 +25,7 @@ class Contender:
     run: does it once. outputs: what is compared with float64, by name, from what `run` returns. backend: of ours;
     empty for a rival. slack: see `rule.judge`. reset: brings back what `run` changes in place, before every sample
     and untimed. graphs: False where it is known that no CUDA graph captures it. in_torch: False where its memory is
-    not torch's to count.
+    not torch's to count. package: whose it is, empty for ours and torch's; what another package refuses is skipped.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Contender:
     reset: Callable[[], None] | None = None
     graphs: bool = True
     in_torch: bool = True
+    package: str = ""
 
     @property
     def label(self) -> str:

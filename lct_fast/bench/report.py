@@ -43,16 +43,9 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         for shape in plan.shapes:
             bench.parse(shape)
     begun = time.monotonic()
-    device = plan.place.device
-    modules = sorted({m for bench in plan.benches for m in bench.rivals.get(device, ())})
-    modules = modules if plan.place.rivals else []
-    sampler = Sampler(device)
-    report: dict[str, Any] = {"benchmark": "ops", "command": " ".join(["lct-fast", *sys.argv[1:]])}
-    report |= machine.header(device)
-    report["versions"] |= rivals.versions(modules)
-    roof = roofline.measure(device, sampler)
-    report |= {"samples": plan.samples, "roofline": roof.as_json(), "missing_rivals": rivals.missing(modules)}
-    report |= {"left_out": [], "failed_checks": [], "rows": []}
+    sampler = Sampler(plan.place.device)
+    roof = roofline.measure(plan.place.device, sampler)
+    report = _head(plan, roof)
     longest = 0.0
     for bench in plan.benches:
         for shape in plan.shapes_of(bench):
@@ -69,17 +62,27 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             longest = max(longest, time.monotonic() - started)
             for row in rows:
                 say(line(row))
+                if row["failed"]:
+                    report["failed_checks"].append(
+                        f"{name} {row['contender']} {row['backend']}: {row['failed']}"
+                    )
             report["rows"] += rows
-            report["failed_checks"] += [
-                f"{name} {row['contender']} {row['backend']}: {row['failed']}"
-                for row in rows
-                if row["failed"]
-            ]
             _finish(report, sampler, plan.out)
     if not report["rows"]:
         raise ValueError("; ".join(report["left_out"]))
     _finish(report, sampler, plan.out)
     return report
+
+
+def _head(plan: Plan, roof: roofline.Roofline) -> dict[str, Any]:
+    device = plan.place.device
+    modules = sorted({m for bench in plan.benches for m in bench.rivals.get(device, ())})
+    modules = modules if plan.place.rivals else []
+    report: dict[str, Any] = {"benchmark": "ops", "command": " ".join(["lct-fast", *sys.argv[1:]])}
+    report |= machine.header(device)
+    report["versions"] |= rivals.versions(modules)
+    report |= {"samples": plan.samples, "roofline": roof.as_json(), "missing_rivals": rivals.missing(modules)}
+    return report | {"left_out": [], "failed_checks": [], "rows": []}
 
 
 def _finish(report: dict[str, Any], sampler: Sampler, out: Path | None) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from lct_fast.bench.case import OURS, Bench, Case, Contender, Place
 from lct_fast.bench.roofline import Roofline
-from lct_fast.bench.rule import Accuracy
+from lct_fast.bench.rule import Accuracy, WrongOutput
 from lct_fast.bench.sampling import Percentiles, Sample, Sampler, percentiles
 from lct_fast.ops import BackendError
 
@@ -36,10 +36,8 @@ def measure(
         try:
             ready.append(prepare(contender, case, place.device))
         except Exception as error:
-            # What a backend does not take is no fault of it.
-            verdict = "skipped" if isinstance(error, BackendError) else "failed"
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            rows.append(facts | _row(contender, {verdict: said}))
+            rows.append(facts | _row(contender, {_verdict(contender, error): said}))
     least = roof.least_us(case.traffic, case.flops, case.arithmetic)
     for chosen, graphs in _rounds(ready, place.device):
         runs = [r.contender.run if graphs is False else r.run for r in chosen]
@@ -48,6 +46,12 @@ def measure(
     # Compiled functions share their code, and torch keeps few versions of one.
     torch.compiler.reset()
     return rows
+
+
+def _verdict(contender: Contender, error: Exception) -> str:
+    """What a backend or another package does not take is skipped; anything else is a failure."""
+    refused = isinstance(error, BackendError) or (contender.package and not isinstance(error, WrongOutput))
+    return "skipped" if refused else "failed"
 
 
 def _rounds(ready: list[Ready], device: str) -> list[tuple[list[Ready], bool | None]]:

@@ -53,16 +53,17 @@ def test_a_wrong_rival_does_not_count_as_one() -> None:
     assert mine["times_as_fast_as"] == {}
 
 
-def test_an_error_is_a_failure_and_a_backend_s_refusal_is_not() -> None:
+def test_an_error_is_a_failure_and_a_refusal_is_not() -> None:
     def broken() -> torch.Tensor:
         raise KeyError("gone")
 
     def refused() -> torch.Tensor:
         raise BackendError("too large")
 
-    rows = rows_of(ours(refused), contender("a", broken))
-    assert [row["skipped"] for row in rows] == ["BackendError: too large", ""]
-    assert [row["failed"] for row in rows] == ["", "KeyError: 'gone'"]
+    wrong = contender("c", lambda: right() + 1, package="c")
+    rows = rows_of(ours(refused), contender("a", broken), contender("b", broken, package="b"), wrong)
+    assert [row["skipped"] for row in rows] == ["BackendError: too large", "", "KeyError: 'gone'", ""]
+    assert [row["failed"][:12] for row in rows] == ["", "KeyError: 'g", "", "WrongOutput:"]
 
 
 def test_what_is_checked_starts_from_what_reset_gives() -> None:

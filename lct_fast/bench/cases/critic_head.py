@@ -139,12 +139,18 @@ def _rivals(place: Place, step: Callable[[Callable[..., Tensor]], Step]) -> Iter
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
-        # It counts labels on the host, which no graph can capture.
-        yield Contender("liger-kernel", step(lambda h, w, b, t: liger(w, h, t, b)), _gradients, graphs=False)
+        yield Contender(
+            "liger-kernel",
+            step(lambda h, w, b, t: liger(w, h, t, b)),
+            _gradients,
+            # It counts labels on the host.
+            graphs=False,
+            package="liger-kernel",
+        )
     if installed("quack"):
         from quack.linear_cross_entropy import linear_cross_entropy_func
 
-        yield Contender("quack-kernels", step(linear_cross_entropy_func), _gradients)
+        yield Contender("quack-kernels", step(linear_cross_entropy_func), _gradients, package="quack-kernels")
 
 
 def _weight_gradients(h: Tensor, dlogits: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor]:

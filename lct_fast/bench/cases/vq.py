@@ -250,6 +250,7 @@ def _faiss(inputs: Inputs) -> Contender:
         lambda: index.search(rows, 1),
         lambda out: {"codes": torch.from_numpy(out[1])},
         in_torch=False,
+        package="faiss-cpu",
     )
 
 
@@ -273,6 +274,7 @@ def _vector_quantize(place: Place, inputs: Inputs) -> Contender:
         lambda out: {"codes": out[1][0][:, None]},
         reset=reset,
         graphs=False,
+        package="vector-quantize-pytorch",
     )
 
 
@@ -286,6 +288,7 @@ def _flash_kmeans(inputs: Inputs) -> Contender:
         lambda: batch_kmeans_Euclid(rows, inputs.codewords, max_iters=1, init_centroids=words),
         lambda out: {"codes": out[0].T, "means": out[1]},
         graphs=False,
+        package="flash-kmeans",
     )
 
 
@@ -310,7 +313,7 @@ def _decode(place: Place, **fields: Any) -> Case:
 
     contenders = [
         *ours(place, ("vq_decode",), lambda: ops.vq_decode(packed, codebook, rows, inputs.dtype), outputs),
-        *plain_torch(place, in_torch, step, outputs, slack=0.0),
+        *plain_torch(place, in_torch, step, outputs),
     ]
     traffic = packed.nbytes + codebook.nbytes + exact.nbytes
     # No arithmetic: a word is copied, or it is wrong.
