@@ -6,6 +6,8 @@ quack-kernels' `linear_cross_entropy_func`.
 """
 
 import sys
+import tomllib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,8 @@ from lct_fast.bench.case import Contender, Place
 from lct_fast.bench.cases import critic_head, vq
 from lct_fast.bench.rule import WrongOutput, against
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_missing_rivals_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "installed", lambda module: module == "faiss")
@@ -31,6 +35,12 @@ def test_missing_rivals_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatc
 def test_every_rival_of_a_benchmark_is_a_known_package() -> None:
     named = {m for bench in cases.find([]) for modules in bench.rivals.values() for m in modules}
     assert named == set(rivals.PACKAGES)
+
+
+def test_an_extra_installs_every_rival() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in rivals.PACKAGES.values():
+        assert package in extras[extra]
 
 
 @pytest.mark.parametrize(
