@@ -24,8 +24,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-test
-	$(BIN)/python -m benchmarks.critic_head_cpu --out benchmarks/results/critic_head_cpu.json
+bench: $(VENV)/installed-rivals
+	$(BIN)/lct-fast bench --rivals --out benchmarks/results/ops_cpu.json
+	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-group-by=param:case
 	$(BIN)/python -m benchmarks.pipeline --out benchmarks/results/pipeline.json
 
 # Recompiles the native module in place after a change under csrc/.
@@ -49,4 +50,8 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml setup.py $(shell find csrc 
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install -q -e '.[test]'
+	touch $@
+
+$(VENV)/installed-rivals: $(VENV)/installed-test
+	$(BIN)/pip install -q -e '.[rivals]'
 	touch $@

@@ -16,14 +16,21 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections import Context, Section, SectionFailed, call, run_sections
+from benchmarks.sections import CUT, Context, Section, SectionFailed, call, run_sections
+from lct_fast.bench.cases import by_stem
+from lct_fast.bench.report import best_rival
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of what is left; the benchmarks tell more.
+SANITIZER_SHARE = 0.35
+# Profiles of a section, and the seconds without which one is not begun.
+PROFILED = 3
+PROFILE_LEAST_S = 30.0
 TESTS = ("tests/test_ladder.py", "tests/reference", "tests/ops", "tests/kernels")
 # The project's own settings, less those of plugins that a bare machine lacks.
 PYTEST_INI = """[pytest]
@@ -130,7 +137,7 @@ def correctness(context: Context) -> dict[str, Any]:
 
 
 def sanitizer(context: Context) -> dict[str, Any]:
-    """compute-sanitizer over the ops on awkward shapes: stray accesses, then races."""
+    """compute-sanitizer over every op on awkward shapes: stray accesses, then races."""
     tool = shutil.which("compute-sanitizer") or _beside_nvcc("compute-sanitizer")
     if tool is None:
         raise SectionFailed(
@@ -138,48 +145,110 @@ def sanitizer(context: Context) -> dict[str, Any]:
         )
     # Without torch's cache every tensor is an allocation of its own, whose ends the tool knows.
     env = _env(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    part = context.part(SANITIZER_SHARE)
     found: dict[str, Any] = {}
     for check in ("memcheck", "racecheck"):
-        for backend in ("cuda", "triton"):
-            exercise = [sys.executable, "-m", "tests.ops.critic_head_exercise", backend, "cuda"]
+        for stem, backend in exercises():
+            exercise = [sys.executable, "-m", f"tests.ops.{stem}_exercise", backend, "cuda"]
             if check == "racecheck":
                 exercise.append("--few")
             options = ["--tool", check, "--error-exitcode", "9", "--target-processes", "application-only"]
-            status, text = call([tool, *options, *exercise], context, f"{check}-{backend}.log", env, ROOT)
+            name = f"{check} {stem} {backend}"
+            if part.left() < 1:
+                found[name] = {"status": CUT, "summary": "no time left; give a larger --budget"}
+                continue
+            log = f"{name.replace(' ', '-')}.log"
+            status, text = call([tool, *options, *exercise], part, log, env, ROOT)
             summary = [line for line in text.splitlines() if "SUMMARY" in line]
-            found[f"{check} {backend}"] = {
-                "status": status,
-                "summary": summary[-1] if summary else _last_line(text),
-            }
-    found["line"] = "; ".join(f"{name}: {result['summary']}" for name, result in found.items())
-    bad = [name for name, result in found.items() if name != "line" and result["status"]]
+            found[name] = {"status": status, "summary": summary[-1] if summary else _last_line(text)}
+    bad = [name for name, result in found.items() if result["status"]]
+    found["line"] = f"{len(found) - len(bad)} of {len(found)} clean"
     if bad:
         raise SectionFailed(f"{', '.join(bad)}: {found[bad[0]]['summary']}", found)
     return found
 
 
-def critic_head(context: Context) -> dict[str, Any]:
-    """critic_head against torch.compile(max-autotune) on the same data, graphs on both sides."""
-    rows = context.out / "critic_head.jsonl"
-    rows.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu_critic_head", "--out", str(rows)]
-    # Leaves the sanitizer its share.
-    command += ["--budget", f"{0.7 * context.left():.0f}"]
-    status, text = call(command, context, "critic_head.log", _env(), ROOT)
-    lines = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    found = {"rows": lines, "line": _last_line(text)}
-    if status:
-        raise SectionFailed(f"status {status}: {_last_line(text)}", found)
-    return found
+def exercises() -> list[tuple[str, str]]:
+    """Every op that has an exercise, with each of its backends that a device runs."""
+    from lct_fast import ops
+
+    stems = sorted(path.stem.removesuffix("_exercise") for path in (ROOT / "tests/ops").glob("*_exercise.py"))
+    return [
+        (stem, backend)
+        for stem in stems
+        for backend in ("cuda", "triton")
+        if any(backend in ops.backends(name) for name in ops.names() if name.startswith(stem))
+    ]
 
 
-# What tells most comes first.
+def bench(stem: str) -> Callable[[Context], dict[str, Any]]:
+    """A section that times the ops of a stem beside torch and the rivals that are installed."""
+
+    def run(context: Context) -> dict[str, Any]:
+        out = context.out / f"bench-{stem}.json"
+        out.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "lct_fast.cli.bench", *(each.name for each in by_stem()[stem])]
+        command += ["--device", "cuda", "--rivals", "--out", str(out)]
+        # Leaves the stems behind it their share.
+        share = 1 / (len(STEMS) - STEMS.index(stem))
+        command += ["--budget", f"{0.8 * share * context.left():.0f}"]
+        status, text = call(command, context, f"bench-{stem}.log", _env(), ROOT)
+        found: dict[str, Any] = {"report": json.loads(out.read_text()) if out.exists() else {}}
+        missed = misses(found["report"].get("rows", []))
+        found["missed"] = [f"{row['op']} {row['shape']}: {best_rival(row):.2f}x" for row in missed]
+        found["line"] = f"{_last_line(text)}; {len(missed)} aims missed"
+        if status:
+            raise SectionFailed(f"status {status}: {_last_line(text)}", found)
+        found["profiles"] = [profile(row, context) for row in missed[:PROFILED]]
+        return found
+
+    return run
+
+
+def aim(op: str, sizes: dict[str, Any]) -> float | None:
+    """How many times as fast as the best rival an op should be; None where any figure will do."""
+    if op == "vq_encode":
+        return 2.0 if sizes["codewords"] <= 256 else 1.3
+    if op == "critic_head":
+        return 1.5 if sizes["classes"] <= 128 else 1.0
+    return 1.3 if op == "bn_relu_pool_critic_head" else None
+
+
+def misses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row of the best backend of every op and shape that does not reach its aim."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["op"], row["shape"]
+        rival = best_rival(row)
+        if rival is not None and (key not in best or rival > (best_rival(best[key]) or 0.0)):
+            best[key] = row
+    wanted = ((row, aim(row["op"], row["sizes"])) for row in best.values())
+    return [row for row, least in wanted if least is not None and (best_rival(row) or 0.0) < least]
+
+
+def profile(row: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Bytes, occupancy and stalls of a row's kernels, where ncu exists and may read the counters."""
+    tool = shutil.which("ncu") or _beside_nvcc("ncu")
+    if tool is None or context.left() < PROFILE_LEAST_S:
+        return {"shape": row["shape"], "said": "ncu is not installed" if tool is None else "no time left"}
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
+    command = [tool, "--profile-from-start", "off", "--csv", *(f"--section={name}" for name in sections)]
+    command += [sys.executable, "-m", "benchmarks.profile_once", row["op"], row["shape"], row["backend"]]
+    log = f"ncu-{row['op']}-{row['shape']}-{row['backend']}.csv"
+    status, text = call(command, context, log, _env(), ROOT)
+    return {"shape": row["shape"], "status": status, "log": log, "said": _last_line(text)}
+
+
+# What tells most comes first; benchmarks that are not named follow.
+FIRST = ("vq", "critic_head", "bn_relu_pool", "block_quantize")
+STEMS = (*FIRST, *(stem for stem in by_stem() if stem not in FIRST))
+
 SECTIONS = (
     Section("environment", "device, driver, versions, commit", environment, 0),
     Section("build", "the native module for this device", build, 20),
     Section("correctness", "the test ladder on the device", correctness, 30),
-    Section("critic_head", "critic_head against torch.compile(max-autotune)", critic_head, 60),
     Section("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 30),
+    *(Section(stem, f"{stem} beside torch and other packages", bench(stem), 30) for stem in STEMS),
 )
 
 

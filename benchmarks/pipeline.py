@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     from torch.multiprocessing.spawn import spawn
 
     from benchmarks import pipeline_report as report
-    from benchmarks.critic_head_cpu import commit, cpu_model
     from benchmarks.pipeline_model import Task
     from benchmarks.pipeline_rounds import WORKERS, Plan, work
+    from lct_fast.bench.machine import commit, cpu_model
 
     task = Task(widths=TINY_WIDTHS, batch=32) if args.tiny else Task()
     with tempfile.TemporaryDirectory() as folder:

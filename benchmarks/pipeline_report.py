@@ -5,12 +5,12 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from benchmarks.measure import percentiles
 from benchmarks.pipeline_balance import Balance
 from benchmarks.pipeline_model import CONV, POOLED
+from lct_fast.bench.machine import FOREIGN
+from lct_fast.bench.sampling import percentiles
 from lct_fast.engine.meter import GroupMeter
 
-FOREIGN = 0.05
 PIPELINES = ("GPipe", "1F1B")
 Row = dict[str, Any]
 

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from benchmarks import pipeline_balance
-from benchmarks.critic_head_cpu import busy_seconds
 from benchmarks.pipeline_check import Judge, merged
 from benchmarks.pipeline_local import Ceiling, Decoupled
 from benchmarks.pipeline_model import CONV, FORMATS, POOLED, Task
 from benchmarks.pipeline_rivals import Backprop, Contender, DataParallel, Pipeline, Setting, TwoThreads
+from lct_fast.bench.machine import FOREIGN, busy_seconds
 from lct_fast.engine.trace import write_trace
 
 WORKERS = 2
@@ -31,8 +31,7 @@ BUILDERS: dict[str, type[Contender]] = {
     "no link": Ceiling,
     "decoupled": Decoupled,
 }
-# A visit whose share of foreign CPU is above this is made again.
-FOREIGN = 0.05
+# A visit whose share of foreign CPU is above FOREIGN is made again, so often.
 ATTEMPTS = 4
 # Samples of every setting before the full run, and how many settings of a rival then go on; None is all.
 SCREENED = 2

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Status of a command that ran out of time.
+CUT = 124
+
 
 class SectionFailed(Exception):
     """A section came to a verdict, and it is bad; `found` is recorded with the message."""
@@ -37,6 +40,10 @@ class Context:
     def left(self) -> float:
         """Seconds left of the budget."""
         return self.budget_s - (self.clock() - self.started)
+
+    def part(self, share: float) -> "Context":
+        """The same place with a share of the time that is left."""
+        return Context(self.out, share * self.left(), self.clock)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def call(
 ) -> tuple[int, str]:
     """Run a command within the budget; its output goes to the log file and its status and text come back.
 
-    Status 124: it ran out of time.
+    Status CUT: it ran out of time.
     """
     path = context.out / log
     with path.open("w") as file:
@@ -118,7 +125,7 @@ def call(
                 timeout=context.left(),
             ).returncode
         except subprocess.TimeoutExpired:
-            status = 124
+            status = CUT
     return status, path.read_text(errors="replace")
 
 

@@ -135,7 +135,10 @@ def test_an_unknown_section_is_exit_status_2(value: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--sections", value])
     assert stop.value.code == 2
-    assert "there are environment, build, correctness, critic_head, sanitizer" in capsys.readouterr().err
+    said = (
+        "there are environment, build, correctness, sanitizer, vq, critic_head, bn_relu_pool, block_quantize"
+    )
+    assert said in capsys.readouterr().err
 
 
 def test_without_a_device_there_is_one_line_and_exit_status_2() -> None:
@@ -204,25 +207,147 @@ def test_correctness_passes_when_tests_pass(tmp_path: Path, monkeypatch: pytest.
     assert found["shards"] == 2 and found["passed"] == 2
 
 
-def test_the_sanitizer_reports_each_tool_and_fails_on_any(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def with_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/bin/{name}")
+
+
+EXERCISES = [("critic_head", "cuda"), ("critic_head", "triton"), ("bn_relu_pool", "triton")]
+
+
+def test_the_sanitizer_reports_each_op_and_fails_on_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tools: None
 ) -> None:
+    commands: list[list[str]] = []
+
     def fake(command: list[str], context: Context, log: str, *_: Any) -> tuple[int, str]:
-        bad = log == "racecheck-triton.log"
+        commands.append(command)
+        bad = log == "racecheck-critic_head-triton.log"
         return (9, "RACECHECK SUMMARY: 1 hazard\n") if bad else (0, "ERROR SUMMARY: 0 errors\n")
 
     monkeypatch.setattr(gpu, "call", fake)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/bin/{name}")
-    with pytest.raises(SectionFailed, match="racecheck triton: RACECHECK SUMMARY: 1 hazard") as failure:
+    monkeypatch.setattr(gpu, "exercises", lambda: EXERCISES)
+    with pytest.raises(
+        SectionFailed, match="racecheck critic_head triton: RACECHECK SUMMARY: 1 hazard"
+    ) as failure:
         gpu.sanitizer(Context(tmp_path, 60))
-    assert failure.value.found["memcheck cuda"] == {"status": 0, "summary": "ERROR SUMMARY: 0 errors"}
-    assert len(failure.value.found) == 5
+    found = failure.value.found
+    assert found["memcheck bn_relu_pool triton"] == {"status": 0, "summary": "ERROR SUMMARY: 0 errors"}
+    assert len(found) == 7 and found["line"] == "5 of 6 clean"
+    few = [command for command in commands if "--few" in command]
+    assert len(few) == 3 and all("racecheck" in command for command in few)
+
+
+def test_the_sanitizer_takes_its_share_of_the_time_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tools: None
+) -> None:
+    clock = Clock()
+
+    def fake(command: list[str], context: Context, *_: Any) -> tuple[int, str]:
+        assert context.left() <= 100 * gpu.SANITIZER_SHARE
+        clock.now += 30
+        return 0, "ERROR SUMMARY: 0 errors\n"
+
+    monkeypatch.setattr(gpu, "call", fake)
+    monkeypatch.setattr(gpu, "exercises", lambda: EXERCISES)
+    context = Context(tmp_path, 100, clock)
+    with pytest.raises(SectionFailed, match="no time left") as failure:
+        gpu.sanitizer(context)
+    assert failure.value.found["line"] == "2 of 6 clean" and context.left() == 40
+
+
+def test_every_op_is_exercised_on_every_backend_it_has() -> None:
+    found = gpu.exercises()
+    assert {("critic_head", "cuda"), ("critic_head", "triton"), ("bn_relu_pool", "triton")} <= set(found)
+    assert ("block_quantize", "cuda") in found and ("block_quantize", "triton") not in found
+    for stem, backend in found:
+        assert backend in ("cuda", "triton") and (ROOT / f"tests/ops/{stem}_exercise.py").is_file()
 
 
 def test_a_missing_sanitizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     with pytest.raises(SectionFailed, match="compute-sanitizer is not on the PATH"):
         gpu.sanitizer(Context(tmp_path, 60))
+
+
+def row(op: str, backend: str, rival: float | None, **sizes: int) -> dict[str, Any]:
+    shape = ",".join(map(str, sizes.values()))
+    times = {} if rival is None else {"torch.compile": rival, "torch eager": rival + 1}
+    return {"op": op, "shape": shape, "backend": backend, "sizes": sizes, "times_as_fast_as": times}
+
+
+ROWS = [
+    # The best backend reaches 1.5 for few classes.
+    row("critic_head", "triton", 1.6, rows=1, classes=10),
+    row("critic_head", "cuda", 0.5, rows=1, classes=10),
+    row("critic_head", "triton", 1.4, rows=2, classes=128),
+    row("critic_head", "", None, rows=2, classes=128),
+    row("critic_head", "cuda", 1.1, rows=3, classes=129),
+    row("critic_head_wgrad", "cuda", 0.1, rows=4, classes=10),
+]
+
+
+def test_missed_aims_are_those_of_the_best_backend() -> None:
+    assert [each["shape"] for each in gpu.misses(ROWS)] == ["2,128"]
+    assert gpu.misses([row("vq_encode", "cuda", 1.9, codewords=256)])
+    assert not gpu.misses([row("vq_encode", "cuda", 1.9, codewords=1024)])
+    assert gpu.misses([row("bn_relu_pool_critic_head", "triton", 1.2, batch=1)])
+    assert not gpu.misses([])
+
+
+def measured(status: int, rows: list[dict[str, Any]]) -> Callable[..., tuple[int, str]]:
+    """Stands in for `lct-fast bench` and for ncu."""
+
+    def fake(command: list[str], context: Context, log: str, *_: Any) -> tuple[int, str]:
+        if "--out" not in command:
+            return 1, "ERR_NVGPUCTRPERM\n"
+        Path(command[command.index("--out") + 1]).write_text(json.dumps({"rows": rows}))
+        return status, "against the best rival: 1.4x\n"
+
+    return fake
+
+
+def test_a_benchmark_tells_missed_aims_and_profiles_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tools: None
+) -> None:
+    monkeypatch.setattr(gpu, "call", measured(0, ROWS))
+    found = gpu.bench("critic_head")(Context(tmp_path, 600))
+    assert found["missed"] == ["critic_head 2,128: 1.40x"]
+    assert found["line"] == "against the best rival: 1.4x; 1 aims missed"
+    # Counters that may not be read are no failure.
+    assert found["profiles"][0]["said"] == "ERR_NVGPUCTRPERM" and found["profiles"][0]["status"] == 1
+    assert found["report"]["rows"] == ROWS
+
+
+def test_without_ncu_there_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(gpu, "call", measured(0, ROWS))
+    found = gpu.bench("critic_head")(Context(tmp_path, 600))
+    assert [each["said"] for each in found["profiles"]] == ["ncu is not installed"]
+
+
+def test_a_benchmark_with_a_wrong_output_fails_and_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "call", measured(1, ROWS))
+    with pytest.raises(SectionFailed, match="status 1: against the best rival") as failure:
+        gpu.bench("vq")(Context(tmp_path, 600))
+    assert failure.value.found["report"]["rows"] == ROWS
+
+
+def test_benchmarks_leave_time_to_those_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def fake(command: list[str], *_: Any) -> tuple[int, str]:
+        commands.append(command)
+        return 0, "said\n"
+
+    monkeypatch.setattr(gpu, "call", fake)
+    for stem in gpu.STEMS:
+        gpu.bench(stem)(Context(tmp_path, 400, Clock()))
+    budgets = [float(command[command.index("--budget") + 1]) for command in commands]
+    assert budgets[0] == 400 * 0.8 / len(gpu.STEMS) and budgets[-1] == 320
+    assert commands[0][3:6] == ["vq_encode", "vq_decode", "vq_update"]
 
 
 def test_shards_split_the_tests_without_loss() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from lct_fast.bench.machine import commit, versions
 from lct_fast.cli import build, loop, processes
 from lct_fast.cli.config import Config, add_arguments, given, resolve
-from lct_fast.cli.info import commit, device_name, versions
+from lct_fast.cli.info import device_name
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
 from lct_fast.engine import Trainer, checkpoint

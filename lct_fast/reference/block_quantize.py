@@ -102,7 +102,7 @@ def block_dequantize(
 def _with_nan(x: Tensor, where: Tensor) -> Tensor:
     """x with the quiet NaN in places: which bits a conversion gives for NaN depends on the machine."""
     bits, nan = _NAN[x.dtype]
-    return torch.where(where, torch.tensor(nan, dtype=bits, device=x.device), x.view(bits)).view(x.dtype)
+    return torch.where(where, torch.full((), nan, dtype=bits, device=x.device), x.view(bits)).view(x.dtype)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
