@@ -43,7 +43,7 @@ def linear_cross_entropy(
     weight = weight.to(h.dtype)
     bias = None if bias is None else bias.to(h.dtype)
     if not why_not_quack(h, weight, bias, reduction):
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy  # type: ignore[import-not-found]
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
         total: Tensor = chunked_linear_cross_entropy(
             h, weight, target, ignore_index=ignore_index, reduction=reduction
