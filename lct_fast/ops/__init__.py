@@ -7,6 +7,7 @@ from lct_fast.ops.backend import BackendError, backends, names, use_backend
 from lct_fast.ops.block_quantize import BlockQuantized, block_dequantize, block_quantize
 from lct_fast.ops.bn_relu_pool import BnReluPool, bn_relu_pool
 from lct_fast.ops.critic_head import CriticHead, critic_head, critic_head_wgrad
+from lct_fast.ops.group_linear import GroupLinear, group_linear
 from lct_fast.ops.vq import VQEncoding, VQState, vq_decode, vq_encode, vq_state, vq_update
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "BlockQuantized",
     "BnReluPool",
     "CriticHead",
+    "GroupLinear",
     "VQEncoding",
     "VQState",
     "backends",
@@ -22,6 +24,7 @@ __all__ = [
     "bn_relu_pool",
     "critic_head",
     "critic_head_wgrad",
+    "group_linear",
     "names",
     "use_backend",
     "vq_decode",
