@@ -272,6 +272,7 @@ def _backward(ctx: Any, dh: Tensor | None, dlogits: Tensor | None, _: None) -> t
             "group_linear is differentiable once, and create_graph=True asks for more; "
             "use torch.nn.functional.linear and the activation there"
         )
+    dh, dlogits = _dense(dh), _dense(dlogits)
     x, weight, critic_weight, h, slope = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _, needs_critic, needs_shift, _ = ctx.needs_input_grad
     dx = dweight = dbias = dcritic = dshift = None
@@ -304,9 +305,7 @@ def _dpre(
     if activation == "none" and dlogits is None and dh is not None:
         return dh, dh.sum(0, dtype=_sums_dtype(dh))
     gate = {"none": None, "relu": h, "gelu": slope}[activation]
-    return _group_linear_backward(
-        dh, dlogits, None if dlogits is None else critic_weight, gate, activation
-    )
+    return _group_linear_backward(dh, dlogits, None if dlogits is None else critic_weight, gate, activation)
 
 
 def _reference(

@@ -19,7 +19,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import linear
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -31,9 +31,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x.to(accumulator), weight.to(accumulator), None if bias is None else bias.to(accumulator))
 
 
-def _gelu_slope(pre: Tensor) -> Tensor:
+def _gelu(pre: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu and its derivative."""
     probability = 0.5 * torch.erfc(pre * -math.sqrt(0.5))
-    return probability + pre * torch.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi)
+    density = torch.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi)
+    return pre * probability, probability + pre * density
 
 
 def group_linear(
@@ -61,7 +63,7 @@ def group_linear(
     if activation == "relu":
         h, slope = pre.relu(), (~(pre <= 0)).to(pre.dtype)
     elif activation == "gelu":
-        h, slope = gelu(pre), _gelu_slope(pre)
+        h, slope = _gelu(pre)
     else:
         h, slope = pre, torch.ones_like(pre)
     h = h.to(x.dtype)
