@@ -55,11 +55,12 @@ void bind_group_linear(py::module_& module) {
       py::arg("threads"));
   module.def(
       "group_linear_cpu_workspace",
-      [](int64_t rows, int64_t inputs, int64_t outputs, int64_t classes, int threads) {
+      [](int64_t rows, int64_t inputs, int64_t outputs, int64_t classes, int x_dtype, int threads) {
         check_threads(threads);
-        return lct::group_linear_cpu_workspace(shape_of(rows, inputs, outputs, classes), threads);
+        return lct::group_linear_cpu_workspace(shape_of(rows, inputs, outputs, classes),
+                                               dtype_of("x_dtype", x_dtype), threads);
       },
-      LCT_SHAPE_ARGUMENTS, py::arg("threads"), "Bytes of workspace.");
+      LCT_SHAPE_ARGUMENTS, py::arg("x_dtype"), py::arg("threads"), "Bytes of workspace.");
   module.def(
       "group_linear_backward_cpu",
       [](Address dh, Address dlogits, Address critic_weight, Address gate, Address dpre, Address dbias,

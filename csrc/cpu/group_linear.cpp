@@ -2,6 +2,10 @@
 
 #include <algorithm>
 
+#ifdef LCT_X86
+#include <cpuid.h>
+#endif
+
 #include "cpu/group_linear_tasks.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
@@ -31,6 +35,17 @@ const GroupLinearTasks& tasks() {
   }
 }
 
+// Whether the AVX-512 kernels may multiply bf16 in pairs.
+bool has_bf16_products() {
+#ifdef LCT_X86
+  unsigned a, b, c, d;
+  constexpr unsigned avx512_bf16 = 1u << 5;
+  return simd_level() == SimdLevel::avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
+#else
+  return false;
+#endif
+}
+
 // Hands out pieces of a workspace, or only counts them where it is null.
 class Layout {
  public:
@@ -54,7 +69,9 @@ size_t plan(GroupLinearWork& work, int threads, void* workspace) {
   work.output_panels = pieces(shape.outputs, kPanel);
   work.class_panels = pieces(shape.classes, kPanel);
   work.column_blocks = pieces(shape.outputs, kColumns);
-  work.depths = pieces(shape.inputs, kDepth);
+  work.pairs = work.args.x_dtype == DType::bf16 && has_bf16_products();
+  work.words = work.pairs ? pieces(shape.inputs, 2) : shape.inputs;
+  work.depths = pieces(work.words, kDepth);
 
   const int64_t row_floats = work.depths * kStride;
   const int64_t most = std::clamp(kBlock / row_floats / kRowStep * kRowStep, 2 * kRowStep, kMostRows);
@@ -74,7 +91,7 @@ size_t plan(GroupLinearWork& work, int threads, void* workspace) {
   work.scratch_size = work.block_size + work.tile_size + (work.split ? 0 : partial_size);
 
   Layout layout(workspace);
-  layout.take(work.weight, work.output_panels * kPanel * shape.inputs);
+  layout.take(work.weight, work.output_panels * kPanel * work.words);
   layout.take(work.bias, work.output_panels * kPanel);
   layout.take(work.critic, lanes * shape.outputs);
   layout.take(work.critic_bias, lanes);
@@ -103,9 +120,10 @@ size_t plan(GroupLinearBackwardWork& work, int threads, void* workspace) {
 
 }  // namespace
 
-size_t group_linear_cpu_workspace(const GroupLinearShape& shape, int threads) {
+size_t group_linear_cpu_workspace(const GroupLinearShape& shape, DType x_dtype, int threads) {
   GroupLinearWork work{};
   work.args.shape = shape;
+  work.args.x_dtype = x_dtype;
   return plan(work, threads, nullptr);
 }
 

@@ -77,6 +77,39 @@ void pack_panel(const void* matrix, int64_t rows, int64_t depth, int64_t panel, 
   }
 }
 
+#if defined(__AVX512F__)
+// The first n of 32 elements as pairs of bf16, zeros behind them.
+template <class W>
+LCT_INLINE Vec read_pairs(const W* from, int64_t n) {
+  Bfloat16 all[2 * kLanes] = {};
+  for (int64_t j = 0; j < n; j += kLanes) store(all + j, read(from + j, n - j));
+  return load(reinterpret_cast<const float*>(all));
+}
+LCT_INLINE Vec read_pairs(const Bfloat16* from, int64_t n) {
+  if (n == 2 * kLanes) return load(reinterpret_cast<const float*>(from));
+  Bfloat16 all[2 * kLanes] = {};
+  memcpy(all, from, static_cast<size_t>(n) * sizeof(Bfloat16));
+  return load(reinterpret_cast<const float*>(all));
+}
+
+// The same in pairs of bf16: to [words][16].
+template <class W>
+void pack_pairs(const void* matrix, int64_t rows, int64_t depth, int64_t panel, float* to) {
+  const int64_t first = panel * kPanel;
+  const int64_t count = least(kPanel, rows - first);
+  for (int64_t k = 0; k < depth; k += 2 * kLanes, to += kLanes * kPanel) {
+    Vec x[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t left = i < count ? least(depth - k, 2 * kLanes) : 0;
+      x[i] = read_pairs(at<W>(matrix, (first + i) * depth + k), left);
+    }
+    transpose(x);
+    const int64_t n = least(kLanes, pieces(depth - k, 2));
+    for (int64_t j = 0; j < n; ++j) store(to + j * kPanel, x[j]);
+  }
+}
+#endif
+
 template <class W>
 void pack_bias(const void* bias, int64_t count, int64_t panel, float* to) {
   const bool present = bias != nullptr;
@@ -87,7 +120,12 @@ template <class W>
 void pack_weight_of(const GroupLinearWork& work, int64_t panel) {
   const GroupLinear& args = work.args;
   const GroupLinearShape& shape = args.shape;
-  pack_panel<W>(args.weight, shape.outputs, shape.inputs, panel, work.weight + panel * shape.inputs * kPanel);
+  float* to = work.weight + panel * work.words * kPanel;
+#if defined(__AVX512F__)
+  if (work.pairs) pack_pairs<W>(args.weight, shape.outputs, shape.inputs, panel, to);
+  else
+#endif
+    pack_panel<W>(args.weight, shape.outputs, shape.inputs, panel, to);
   pack_bias<W>(args.bias, shape.outputs, panel, work.bias + panel * kPanel);
 }
 
@@ -125,6 +163,24 @@ void pack_block(const void* matrix, int64_t first, int64_t count, int64_t depth,
   }
 }
 
+#if defined(__AVX512F__)
+// The same in pairs, for bf16, whose rows are pairs already.
+void pack_pair_block(const GroupLinearWork& work, int64_t first, int64_t count, float* block) {
+  const int64_t inputs = work.args.shape.inputs;
+  for (int64_t k = 0; k < inputs; k += 2 * kDepth, block += (work.block_rows + kSpareRows) * kStride) {
+    const int64_t columns = least(2 * kDepth, inputs - k);
+    for (int64_t r = 0; r < count + kSpareRows; ++r) {
+      float* to = block + r * kStride;
+      // An odd input is paired with a zero.
+      if (r >= count || columns % 2) memset(to, 0, static_cast<size_t>(pieces(columns, 2)) * sizeof(float));
+      if (r < count)
+        memcpy(to, at<Bfloat16>(work.args.x, (first + r) * inputs + k),
+               static_cast<size_t>(columns) * sizeof(Bfloat16));
+    }
+  }
+}
+#endif
+
 // ---- products -----------------------------------------------------------------------------------------
 
 // A packed matrix from some depth on: [panels][depth][16], `stride` floats from panel to panel.
@@ -139,6 +195,19 @@ struct Out {
   int64_t row_stride;
   bool add;  // to what stands there
 };
+
+template <int Rows, int Panels>
+LCT_INLINE void store_tile(const Vec (&sum)[Rows][Panels], int64_t valid, Out out) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    if (r >= valid) break;
+#pragma GCC unroll 4
+    for (int p = 0; p < Panels; ++p) {
+      float* to = out.to + r * out.row_stride + p * kPanel;
+      store(to, out.add ? add(load(to), sum[r][p]) : sum[r][p]);
+    }
+  }
+}
 
 template <int Rows, int Panels>
 LCT_INLINE void product_tile(int64_t depth, int64_t valid, const float* block, Packed weight, Out out) {
@@ -159,15 +228,7 @@ LCT_INLINE void product_tile(int64_t depth, int64_t valid, const float* block, P
       for (int p = 0; p < Panels; ++p) sum[r][p] = fma(x, column[p], sum[r][p]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-    if (r >= valid) break;
-#pragma GCC unroll 4
-    for (int p = 0; p < Panels; ++p) {
-      float* to = out.to + r * out.row_stride + p * kPanel;
-      store(to, out.add ? add(load(to), sum[r][p]) : sum[r][p]);
-    }
-  }
+  store_tile<Rows, Panels>(sum, valid, out);
 }
 
 template <int Panels>
@@ -191,16 +252,72 @@ void products(int64_t rows, int64_t panels, int64_t depth, const float* block, P
     product_rows<1>(rows, depth, block, weight, out);
 }
 
+#if defined(__AVX512F__)
+// The three functions above over pairs of bf16. Only they are compiled for AVX512-BF16, which not every processor with
+// AVX-512 has.
+#define LCT_BF16_PRODUCTS __attribute__((target("avx512bf16")))
+
+template <int Rows, int Panels>
+LCT_BF16_PRODUCTS LCT_INLINE void pair_tile(int64_t words, int64_t valid, const float* block, Packed weight,
+                                            Out out) {
+  Vec sum[Rows][Panels];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int p = 0; p < Panels; ++p) sum[r][p] = broadcast(0.0f);
+  const float* w = weight.from;
+  for (int64_t k = 0; k < words; ++k, w += kPanel) {
+    __m512bh column[Panels];
+#pragma GCC unroll 4
+    for (int p = 0; p < Panels; ++p) column[p] = (__m512bh)load(w + p * weight.stride).v;
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const __m512bh x = (__m512bh)broadcast(block[r * kStride + k]).v;
+#pragma GCC unroll 4
+      for (int p = 0; p < Panels; ++p) sum[r][p].v = _mm512_dpbf16_ps(sum[r][p].v, x, column[p]);
+    }
+  }
+  store_tile<Rows, Panels>(sum, valid, out);
+}
+
+template <int Panels>
+LCT_BF16_PRODUCTS void pair_rows(int64_t rows, int64_t words, const float* block, Packed weight, Out out) {
+  constexpr int most = 3 * kRowStep;
+  for (int64_t r = 0; r < rows; r += most, block += most * kStride, out.to += most * out.row_stride) {
+    const int64_t left = rows - r;
+    switch (least(3, pieces(left, kRowStep))) {
+      case 1: pair_tile<kRowStep, Panels>(words, left, block, weight, out); break;
+      case 2: pair_tile<2 * kRowStep, Panels>(words, left, block, weight, out); break;
+      default: pair_tile<most, Panels>(words, left, block, weight, out);
+    }
+  }
+}
+
+LCT_BF16_PRODUCTS void pair_products(int64_t rows, int64_t panels, int64_t words, const float* block,
+                                     Packed weight, Out out) {
+  for (; panels >= kPanels; panels -= kPanels, weight.from += kPanels * weight.stride, out.to += kPanels * kPanel)
+    pair_rows<kPanels>(rows, words, block, weight, out);
+  for (; panels > 0; --panels, weight.from += weight.stride, out.to += kPanel)
+    pair_rows<1>(rows, words, block, weight, out);
+}
+#else
+// Never called: `pairs` is false.
+void pack_pair_block(const GroupLinearWork&, int64_t, int64_t, float*) {}
+constexpr auto pair_products = products;
+#endif
+
 // tile = all runs of a block times the panels of one column block of a packed matrix [panels][depth][16].
 void column_block_products(int64_t rows, int64_t block_rows, int64_t depth, const float* block,
-                           const float* matrix, int64_t column_block, int64_t all_panels, float* tile) {
+                           const float* matrix, int64_t column_block, int64_t all_panels, bool pairs,
+                           float* tile) {
   constexpr int64_t block_panels = kColumns / kPanel;
   const int64_t first_panel = column_block * block_panels;
   const int64_t panels = least(block_panels, all_panels - first_panel);
   const float* from = matrix + first_panel * depth * kPanel;
   for (int64_t k = 0; k < depth; k += kDepth) {
-    products(rows, panels, least(kDepth, depth - k), block, {from + k * kPanel, depth * kPanel},
-             {tile, kStride, k > 0});
+    const auto product = pairs ? pair_products : products;
+    product(rows, panels, least(kDepth, depth - k), block, {from + k * kPanel, depth * kPanel},
+            {tile, kStride, k > 0});
     block += (block_rows + kSpareRows) * kStride;
   }
 }
@@ -282,12 +399,13 @@ void rows_of(const GroupLinearWork& work, int64_t first, int64_t count, int64_t 
   float* partial = work.split ? work.partial + first * lanes : tile + work.tile_size;
   const int64_t partial_rows = work.split ? shape.rows : work.block_rows;
 
-  pack_block<X>(args.x, first, count, shape.inputs, work.block_rows, block);
+  if (work.pairs) pack_pair_block(work, first, count, block);
+  else pack_block<X>(args.x, first, count, shape.inputs, work.block_rows, block);
   const int64_t end = least(column_block + work.blocks_a_task, work.column_blocks);
   for (; column_block < end; ++column_block) {
     // Whole register tiles, so that the spare rows are numbers too.
-    column_block_products(pieces(count, kRowStep) * kRowStep, work.block_rows, shape.inputs, block, work.weight,
-                          column_block, work.output_panels, tile);
+    column_block_products(pieces(count, kRowStep) * kRowStep, work.block_rows, work.words, block, work.weight,
+                          column_block, work.output_panels, work.pairs, tile);
     activate<X>(work, first, count, column_block, tile);
     if (!args.critic_weight) continue;
     const int64_t begin = column_block * kColumns;
@@ -317,7 +435,7 @@ void chunk_of(const GroupLinearBackwardWork& work, int64_t chunk, int64_t column
     if (args.dlogits) {
       pack_block<X>(args.dlogits, first, count, shape.classes, work.block_rows, block);
       column_block_products(count, work.block_rows, shape.classes, block, work.critic, column_block,
-                            work.output_panels, tile);
+                            work.output_panels, false, tile);
     }
     // Block by block: one running sum over a chunk would lose digits.
     float here[kColumns];

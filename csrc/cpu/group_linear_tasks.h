@@ -4,8 +4,12 @@
 //
 //   block    [depths][block_rows + spare][kStride]    rows of x or dlogits, widened, in runs of kDepth columns
 //   tile     [block_rows + spare][kStride]            their products with kColumns outputs, then h
-//   weight   [output panels][inputs][16]              zeros beyond the last output
+//   weight   [output panels][words][16]               zeros beyond the last output
 //   critic   [class panels][outputs][16]; backward: [output panels][classes][16]
+//
+// With `pairs` (bf16 where the processor has dot products of it) a word of block and weight is not the float of one
+// input but two inputs in bf16, and `words`, the length of a row, is half of inputs.
+//
 //   partial  [column blocks][rows][class lanes]       each column block's share of the logits
 #pragma once
 
@@ -28,7 +32,9 @@ constexpr int64_t kSpareRows = 4;
 
 struct GroupLinearWork {
   GroupLinear args;
-  int64_t output_panels, class_panels, column_blocks, depths;
+  int64_t output_panels, class_panels, column_blocks;
+  bool pairs;
+  int64_t words, depths;
   int64_t block_rows;
   // Column blocks that one task takes. Short of all of them, shares of the logits wait in `partial` for a second
   // pass; else each slot has a `partial` of its own, for the rows of its block.

@@ -80,7 +80,7 @@ void run(GroupLinearShape s, Types types, Activation activation, bool with_bias,
   for (int threads : {1, 3}) {
     Tensor h(N * O, types.x, at_end), logits(N * V, types.x, at_end), slope(gelu ? N * O : 0, types.x, at_end);
     Tensor dpre(N * O, types.x, at_end), dbias(O, DType::f32, at_end);
-    Guarded workspace(static_cast<int64_t>(lct::group_linear_cpu_workspace(s, threads)), at_end);
+    Guarded workspace(static_cast<int64_t>(lct::group_linear_cpu_workspace(s, types.x, threads)), at_end);
     lct::GroupLinear forward{s,
                              x.memory.data(),
                              weight.memory.data(),

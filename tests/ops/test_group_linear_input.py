@@ -136,7 +136,7 @@ def test_numbers_that_fit_no_tensor_are_refused(change: dict[str, int], message:
     with pytest.raises(ValueError, match=message):
         native.group_linear_backward_cpu_workspace(**{**sizes, **change})
     with pytest.raises(ValueError, match=message):
-        native.group_linear_cpu_workspace(**{**sizes, "inputs": 1, **change})
+        native.group_linear_cpu_workspace(**{**sizes, "inputs": 1, "x_dtype": 0, **change})
 
 
 def test_types_that_there_are_not_are_refused() -> None:
@@ -159,7 +159,7 @@ def test_workspace_is_bounded_in_rows() -> None:
         blocks = 3 * 2**20 + 4 * 96 * 80 * (outputs // 256 + 1)
         for rows in (10**6, 10**9):
             assert (
-                native.group_linear_cpu_workspace(rows, inputs, outputs, classes, 2)
+                native.group_linear_cpu_workspace(rows, inputs, outputs, classes, 0, 2)
                 <= 2 * packed + 2 * blocks
             )
             assert native.group_linear_backward_cpu_workspace(
@@ -169,4 +169,4 @@ def test_workspace_is_bounded_in_rows() -> None:
 
 def test_sizes_beyond_32_bits_are_counted_in_64() -> None:
     native: Any = _native.load()
-    assert native.group_linear_cpu_workspace(1, 2**17, 2**16, 0, 1) > 4 * 2**33
+    assert native.group_linear_cpu_workspace(1, 2**17, 2**16, 0, 0, 1) > 4 * 2**33

@@ -16,6 +16,7 @@
 // Layout       row-major and dense.
 // Types        x, h, logits, slope, dh, dlogits, dpre: x_dtype. weight, bias: weight_dtype. critic_weight,
 //              critic_bias: critic_dtype. dbias: fp32. All sums are fp32.
+//              Where x is bf16 and the processor multiplies bf16 by itself, weight is rounded to bf16 first.
 // NaN, Inf     a row of x that is not finite spoils its own rows of h, logits and dpre, as in plain arithmetic.
 // Sizes        rows, inputs, outputs >= 1; classes >= 1 with a critic, else 0. Made for classes < 64: the work
 //              for them is done where h is at hand.
@@ -63,7 +64,7 @@ struct GroupLinearBackward {
   Activation activation;
 };
 
-size_t group_linear_cpu_workspace(const GroupLinearShape& shape, int threads);
+size_t group_linear_cpu_workspace(const GroupLinearShape& shape, DType x_dtype, int threads);
 void group_linear_cpu(const GroupLinear& args, int threads);
 
 size_t group_linear_backward_cpu_workspace(const GroupLinearShape& shape, int threads);
