@@ -340,7 +340,8 @@ def _native_forward(
     sizes = (*x.shape, weight.shape[0], logits.shape[1])
     critic_dtype = x.dtype if critic_weight is None else critic_weight.dtype
     threads = torch.get_num_threads()
-    workspace = x.new_empty(native.group_linear_cpu_workspace(*sizes, _NATIVE_DTYPE[x.dtype], threads), dtype=torch.uint8)
+    size = native.group_linear_cpu_workspace(*sizes, _NATIVE_DTYPE[x.dtype], threads)
+    workspace = x.new_empty(size, dtype=torch.uint8)
     native.group_linear_cpu(
         x.data_ptr(),
         weight.data_ptr(),

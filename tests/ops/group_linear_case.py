@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, relu
 
 from lct_fast import ops
-from tests.ladder import assert_rule
+from tests.ladder import Place, assert_rule
 
 # (rows, inputs, outputs, classes): why; 0 classes is a layer without a critic.
 SHAPES = {
@@ -165,7 +165,8 @@ def make(
         case = Case(
             x=normal(rows, inputs).to(device, dtype),
             weight=(normal(outputs, inputs) / math.sqrt(inputs)).to(device, weight_dtype),
-            bias=normal(outputs).to(device, weight_dtype) if bias else None,
+            # Exact in x's dtype too: only weight is rounded to it by some kernels, and all of them by autocast.
+            bias=normal(outputs).to(dtype).to(device, weight_dtype) if bias else None,
             activation=activation,
             critic_weight=(normal(classes, outputs) / math.sqrt(outputs)).to(device, critic_dtype)
             if critic
@@ -180,11 +181,14 @@ def make(
     raise AssertionError("no seed keeps every pre away from 0")
 
 
-def check(case: Case, out: dict[str, Tensor]) -> None:
+def check(case: Case, out: dict[str, Tensor], place: Place | None = None) -> None:
     """Every output and gradient of `case` within the error rule and in its dtype, and none that should be absent."""
     exact, plain, terms = case.exact(), case.plain(), case.terms()
     assert set(out) == set(exact)
     coarse = torch.finfo(case.x.dtype).eps
+    if place == Place("triton", "cpu") and case.x.dtype == torch.bfloat16:
+        # Triton's interpreter rounds to bf16 towards zero: up to a whole unit in the last place, not half of one.
+        coarse *= 2
     for name, value in out.items():
         assert value.dtype == case.dtype_of(name), name
         eps = max(coarse, torch.finfo(value.dtype).eps)

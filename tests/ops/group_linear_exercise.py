@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lct_fast import _native, ops
-from tests.ladder import GuardPages
+from tests.ladder import GuardPages, Place
 from tests.ops.group_linear_case import ACTIVATIONS, DTYPES, GRADIENTS, Case, check, make
 
 # (rows, inputs, outputs, classes): each ends in the middle of a block in every direction.
@@ -65,7 +65,7 @@ def main(backend: str, device: str, few: bool) -> None:
                     with surroundings(case.to(device), side) as placed:
                         out = placed.run()
                     # Checked on the host: a device that is watched runs the op alone.
-                    check(case, {key: x.cpu() for key, x in out.items()})
+                    check(case, {key: x.cpu() for key, x in out.items()}, Place(backend, device))
 
 
 if __name__ == "__main__":
