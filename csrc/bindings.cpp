@@ -11,6 +11,7 @@ namespace lct::bindings {
 void bind_bn_relu_pool(py::module_& module);
 void bind_block_quantize(py::module_& module);
 void bind_critic_head(py::module_& module);
+void bind_group_linear(py::module_& module);
 void bind_vq(py::module_& module);
 
 namespace {
@@ -60,5 +61,6 @@ PYBIND11_MODULE(_C, module) {
   bind_bn_relu_pool(module);
   bind_block_quantize(module);
   bind_critic_head(module);
+  bind_group_linear(module);
   bind_vq(module);
 }

@@ -156,6 +156,10 @@ LCT_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
 LCT_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+LCT_INLINE Vec inverse(Vec x) {
+  const __m256 one = _mm256_set1_ps(1.0f);
+  return {_mm256_div_ps(one, x.lo), _mm256_div_ps(one, x.hi)};
+}
 LCT_INLINE Vec keep_where_greater(Vec a, Vec b, Vec x) {
   return {_mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), x.lo),
           _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ), x.hi)};
@@ -286,6 +290,10 @@ LCT_INLINE Vec fma(Vec a, Vec b, Vec c) {
 LCT_INLINE Vec max(Vec a, Vec b) {
   LCT_EACH_LANE b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return b;
+}
+LCT_INLINE Vec inverse(Vec x) {
+  LCT_EACH_LANE x.v[i] = 1.0f / x.v[i];
+  return x;
 }
 LCT_INLINE Vec keep_where_greater(Vec a, Vec b, Vec x) {
   LCT_EACH_LANE x.v[i] = a.v[i] > b.v[i] ? x.v[i] : 0.0f;

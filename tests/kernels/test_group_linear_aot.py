@@ -1,0 +1,88 @@
+"""The Triton kernels of group_linear, compiled for three generations of GPUs: what came out.
+
+Needs no device. Compilation runs in processes of its own, without the interpreter that other tests use.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# All of a table where a spill would hurt most, else the launches with the most classes.
+RUNS = [
+    ["90", "bf16"],
+    ["--few", "90", "fp16", "fp32"],
+    ["--few", "80", "bf16", "fp32"],
+    ["--few", "100", "bf16", "fp32"],
+]
+SHARED_MEMORY = 99 * 1024
+
+pytestmark = pytest.mark.slow
+
+
+def compile_all(arguments: list[str]) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.group_linear_aot", *arguments],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{arguments}: {done.stderr}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def built() -> list[dict[str, Any]]:
+    """One row a compiled kernel."""
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for part in pool.map(compile_all, RUNS) for row in part]
+    assert {row["capability"] for row in rows} == {80, 90, 100}
+    assert {row["kernel"] for row in rows} == {"_forward_kernel", "_backward_kernel", "_fold_kernel"}
+    assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32"}
+    return rows
+
+
+def test_nothing_spills(built: list[dict[str, Any]]) -> None:
+    assert [row for row in built if row["stack"] or row["registers"] > 255] == []
+
+
+def test_two_programs_fit_a_multiprocessor_or_one_has_all_its_warps(built: list[dict[str, Any]]) -> None:
+    """64 K registers: with 8 warps a program may take 255 of them, with 4 two programs fit at the least."""
+    assert [row for row in built if row["registers"] * row["tile"][-2] * 32 > 2**16] == []
+
+
+def test_shared_memory_fits(built: list[dict[str, Any]]) -> None:
+    assert [row for row in built if row["shared"] > SHARED_MEMORY] == []
+
+
+def test_products_of_half_types_run_on_tensor_cores(built: list[dict[str, Any]]) -> None:
+    own = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+    products = [
+        row
+        for row in built
+        if row["dtype"] != "fp32" and (row["kernel"] == "_forward_kernel" or row["classes"])
+    ]
+    assert len(products) > 20
+    assert [row for row in products if own[row["capability"]] not in row["tensor_cores"]] == []
+
+
+def test_tiles_of_x_and_weight_are_loaded_while_others_are_multiplied(built: list[dict[str, Any]]) -> None:
+    forward = [row for row in built if row["kernel"] == "_forward_kernel"]
+    assert forward and [row for row in forward if not row["asynchronous"]] == []
+
+
+def test_fp32_is_fp32(built: list[dict[str, Any]]) -> None:
+    assert [row for row in built if row["tf32"]] == []
+    assert [row for row in built if row["dtype"] == "fp32" and row["tensor_cores"]] == []
+
+
+def test_no_double_precision_and_no_atomics(built: list[dict[str, Any]]) -> None:
+    assert [row for row in built if row["f64"] or row["atomics"]] == []

@@ -1,0 +1,31 @@
+"""No backend reads or writes outside its tensors: they lie against pages that fault."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ladder import PLACES, Place
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [p for p in PLACES if p.backend not in ("reference", "cuda")], ids=str)
+def test_nothing_outside_the_tensors_is_touched(where: Place) -> None:
+    # In a process of its own: a stray access ends it.
+    few = ["--few"] if where == Place("triton", "cpu") else []
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.group_linear_exercise", where.backend, where.device, *few],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"status {done.returncode} after {done.stdout[-200:]}\n{done.stderr[-3000:]}"
+    assert "after (101, 3, 519, 17) bf16 gelu" in done.stdout
+    if where.device == "cpu":
+        assert "before (101, 3, 519, 17) bf16 gelu" in done.stdout
