@@ -33,6 +33,8 @@ X86_LEVELS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
+# Every csrc/cpu/*_vnni.cpp is compiled once, for the level avx512vnni: avx512 in all else.
+X86_VNNI = [*X86_LEVELS["avx512"], "-mavx512vnni"]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wno-unknown-pragmas"]
 # GCC 12 takes the undefined registers in its own AVX-512 headers for uninitialized ones (its PR 105593).
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -187,6 +189,9 @@ def write_ninja(path: Path, output: Path) -> None:
                 for level, flags in levels.items():
                     flags = [*flags, *QUIET, f"-DLCT_SIMD_LEVEL={level}"]
                     compile_cxx(source, f"{source.stem}.{level}", flags)
+            elif source.stem.endswith("_vnni"):
+                if x86:
+                    compile_cxx(source, source.stem, [*X86_VNNI, *QUIET, "-DLCT_SIMD_LEVEL=avx512vnni"])
             else:
                 compile_cxx(source, source.stem, [])
         if archs:

@@ -24,12 +24,20 @@ def levels() -> dict[str, list[str]]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {"scalar": []}
     text = (ROOT / "setup.py").read_text()
-    table = re.search(r"^X86_LEVELS = \{.*?^\}", text, re.MULTILINE | re.DOTALL)
+    table = re.search(r"^X86_LEVELS = \{.*?^X86_VNNI = [^\n]*", text, re.MULTILINE | re.DOTALL)
     assert table is not None
     scope: dict[str, Any] = {}
     exec(table.group(), scope)
-    found: dict[str, list[str]] = scope["X86_LEVELS"]
+    found: dict[str, list[str]] = {**scope["X86_LEVELS"], "avx512vnni": scope["X86_VNNI"]}
     return found
+
+
+def variants(source: Path) -> dict[str, list[str]]:
+    """For which instruction sets setup.py compiles a file apart, with which flags; none where it does not."""
+    vnni = {name: flags for name, flags in levels().items() if name == "avx512vnni"}
+    if source.stem.endswith("_vnni"):
+        return vnni
+    return {name: f for name, f in levels().items() if name not in vnni and source.stem.endswith("_simd")}
 
 
 def build(folder: Path, flags: list[str], driver: str) -> Path:
@@ -42,9 +50,10 @@ def build(folder: Path, flags: list[str], driver: str) -> Path:
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source.stem.startswith(others):
             continue
-        if source.stem.endswith("_simd"):
+        if source.stem.endswith(("_simd", "_vnni")):
             jobs += [
-                (source, f"{source.stem}.{n}", [*f, f"-DLCT_SIMD_LEVEL={n}"]) for n, f in levels().items()
+                (source, f"{source.stem}.{n}", [*f, f"-DLCT_SIMD_LEVEL={n}"])
+                for n, f in variants(source).items()
             ]
         else:
             jobs.append((source, source.stem, []))
@@ -77,8 +86,8 @@ def test_kernels_under_a_sanitizer(tmp_path: Path, flags: list[str], driver: str
 @needs_compiler
 def test_no_inline_function_of_one_instruction_set_serves_another(tmp_path: Path) -> None:
     """A weak function in an AVX-512 object may be the copy that the linker keeps for every CPU."""
-    for source in sorted((CSRC / "cpu").glob("*_simd.cpp")):
-        for name, flags in levels().items():
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        for name, flags in variants(source).items():
             out = tmp_path / f"{source.stem}.{name}.o"
             subprocess.run(
                 ["g++", "-std=c++17", "-O0", "-w", f"-I{CSRC}", f"-I{CSRC / 'include'}", *flags]
@@ -100,7 +109,7 @@ def native() -> Any:
 def test_simd_levels_end_with_the_best() -> None:
     module = native()
     assert module.simd_levels()[0] == "scalar"
-    assert set(module.simd_levels()) <= {"scalar", "avx2", "avx512"}
+    assert set(module.simd_levels()) <= {"scalar", "avx2", "avx512", "avx512vnni"}
     with pytest.raises(ValueError, match=r"this CPU runs scalar.*got 'mmx'"):
         module.set_simd("mmx")
 

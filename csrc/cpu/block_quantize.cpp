@@ -15,6 +15,7 @@ constexpr int64_t kTask = int64_t{1} << 15;
 const BlockQuantizeTasks& tasks() {
   switch (simd_level()) {
 #ifdef LCT_X86
+    case SimdLevel::avx512vnni:
     case SimdLevel::avx512: return avx512::block_quantize_tasks;
     case SimdLevel::avx2: return avx2::block_quantize_tasks;
 #endif

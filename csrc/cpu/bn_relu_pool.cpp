@@ -33,6 +33,7 @@ int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 const BnReluPoolTasks& tasks() {
   switch (simd_level()) {
 #ifdef LCT_X86
+    case SimdLevel::avx512vnni:
     case SimdLevel::avx512: return avx512::bn_relu_pool_tasks;
     case SimdLevel::avx2: return avx2::bn_relu_pool_tasks;
 #endif

@@ -38,6 +38,7 @@ int64_t spread(int64_t index, int64_t tasks, int threads) {
 const CriticHeadTasks& tasks() {
   switch (simd_level()) {
 #ifdef LCT_X86
+    case SimdLevel::avx512vnni:
     case SimdLevel::avx512: return avx512::critic_head_tasks;
     case SimdLevel::avx2: return avx2::critic_head_tasks;
 #endif

@@ -19,6 +19,7 @@ SimdLevel best_simd_level() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) return SimdLevel::avx512vnni;
   if (avx512) return SimdLevel::avx512;
   if (avx2) return SimdLevel::avx2;
 #endif

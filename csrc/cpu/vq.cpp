@@ -8,6 +8,7 @@
 
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
+#include "cpu/vq_filter.h"
 #include "cpu/vq_tasks.h"
 
 namespace lct {
@@ -22,6 +23,12 @@ constexpr int64_t kPackWords = 384;
 constexpr int64_t kShortWidth = 8;
 // With two places for each, threads seldom wait for the turn of another's run.
 constexpr int64_t kPlacesPerThread = 2;
+// Fewer columns, words or rows than these gain nothing by the filter; more columns would overflow its scores.
+constexpr int64_t kLeastFilterDepth = 8, kMostFilterDepth = 4096, kLeastFilterWords = 48, kLeastFilterRows = 256;
+// With many words, making numbers of them costs more than the filter saves unless rows are many, too.
+constexpr int64_t kFilterWordsPerRow = 16;
+// With fewer columns words lie so close together that numbers of eight bits seldom tell which is the nearest.
+constexpr int64_t kByteDepth = 24;
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t rounded_up(int64_t n, int64_t to) { return pieces(n, to) * to; }
@@ -35,11 +42,24 @@ int64_t bits_of(int64_t codewords) {
 const VqTasks& tasks() {
   switch (simd_level()) {
 #ifdef LCT_X86
+    case SimdLevel::avx512vnni:
     case SimdLevel::avx512: return avx512::vq_tasks;
     case SimdLevel::avx2: return avx2::vq_tasks;
 #endif
     default: return scalar::vq_tasks;
   }
+}
+
+// The filter where it can be used and is worth while, else null.
+const VqFilter* filter_for(const VqEncode& args) {
+#ifdef LCT_X86
+  const bool fits = args.depth >= kLeastFilterDepth && args.depth <= kMostFilterDepth &&
+                    args.codewords >= kLeastFilterWords &&
+                    args.rows >= std::max(kLeastFilterRows, args.codewords / kFilterWordsPerRow);
+  if (fits && simd_level() == SimdLevel::avx512vnni)
+    return args.depth < kByteDepth ? &avx512vnni::vq_filter_16_bits : &avx512vnni::vq_filter_8_bits;
+#endif
+  return nullptr;
 }
 
 // Hands out the workspace piece by piece from `base`, or only counts where base is null.
@@ -88,6 +108,11 @@ size_t plan(VqWork& work, int threads, void* base) {
   work.panels = arena.take<float>(args.groups * work.tiles * kVqPitch * args.depth);
   work.half_norms = arena.take<float>(args.groups * work.tiles * kVqPitch);
   work.scratch = arena.take<char>(work.scratch_bytes * threads);
+  work.filter = filter_for(args);
+  work.filter_group_bytes = work.filter ? rounded_up(work.filter->group_bytes(work), kCacheLine) : 0;
+  work.filter_scratch_bytes = work.filter ? rounded_up(work.filter->scratch_bytes(work), kCacheLine) : 0;
+  work.filter_words = arena.take<char>(work.filter_group_bytes * args.groups);
+  work.filter_scratch = arena.take<char>(work.filter_scratch_bytes * threads);
   work.chunk_sums = arena.take<float>(floats);
   float* total = arena.take<float>(padded ? floats : 0);
   work.total_sums = padded ? total : args.sums;
@@ -163,6 +188,8 @@ void vq_encode_cpu(const VqEncode& args, int threads) {
     const int64_t first = index % shares * kPackWords;
     task.pack(work, index / shares, first, std::min(kPackWords, args.codewords - first));
   });
+  if (work.filter)
+    parallel_for(threads, args.groups, [&](int64_t group, int) { work.filter->prepare(work, group); });
   std::fill_n(work.chunk_sums, words * work.width, 0.0f);
   std::fill_n(work.total_sums, words * work.width, 0.0f);
   std::fill_n(args.counts, words, int64_t{0});
@@ -172,7 +199,10 @@ void vq_encode_cpu(const VqEncode& args, int threads) {
     std::fill_n(work.places[i].sums, work.copies * words * work.width, 0.0f);
     std::fill_n(work.places[i].counts, words, 0);
   }
-  for (int slot = 0; slot < threads; ++slot) task.begin(work, slot);
+  for (int slot = 0; slot < threads; ++slot) {
+    task.begin(work, slot);
+    if (work.filter) work.filter->begin(work, slot);
+  }
   *args.flag = 0;
 
   InOrder in_order(task, work);

@@ -1,4 +1,5 @@
 #include "cpu/simd.h"
+#include "cpu/vq_filter.h"
 #include "cpu/vq_tasks.h"
 
 namespace lct {
@@ -544,9 +545,11 @@ void run(const VqWork& work, int64_t first, int64_t count, VqPlace& place, int s
       }
       turn(from, from_stride, width, scratch.columns);
       bring_next(work, group, first + kVqBlock, end);
-      search(work, group, scratch);
-      resolve(work, group, scratch);
       int32_t* codes = scratch.codes + group * kVqBlock;
+      if (!work.filter || !work.filter->search(work, group, scratch.columns, from, from_stride, codes, slot)) {
+        search(work, group, scratch);
+        resolve(work, group, scratch);
+      }
       const bool some_left_out = measure(work, group, rows, scratch);
       place.flag |= some_left_out;
       const int64_t other_copy = work.copies > 1 ? args.groups * args.codewords * width : 0;

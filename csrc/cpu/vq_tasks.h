@@ -27,6 +27,8 @@ constexpr int64_t kVqBlock = 64;
 constexpr int64_t kVqTile = 6;
 constexpr int64_t kVqPitch = 8;
 
+struct VqFilter;
+
 // What one run of rows adds up to.
 struct VqPlace {
   float* sums;            // [copies][groups][codewords][width], zeros before and after use
@@ -50,6 +52,12 @@ struct VqWork {
   float* half_norms;
   char* scratch;  // of all slots of parallel_for
   int64_t scratch_bytes;
+  // vq_filter.h; null where it is not used.
+  const VqFilter* filter;
+  char* filter_words;  // of all groups
+  int64_t filter_group_bytes;
+  char* filter_scratch;  // of all slots
+  int64_t filter_scratch_bytes;
   // Folded so far. The chunk's part is zero between chunks.
   float* chunk_sums;  // [groups][codewords][width]
   float chunk_error;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/vq_filter.h"
 #include "guarded.h"
 
 namespace {
@@ -224,9 +225,72 @@ void run(const Shape& s, DType dtype, bool at_end, std::vector<char>& first, con
   }
 }
 
+#ifdef LCT_X86
+// The filter alone finds the words of ordinary rows, and says so where it does not.
+void filter(const lct::VqFilter& filter, int64_t depth, float size, bool spoilt) {
+  constexpr int64_t K = 100, rows = lct::kVqBlock;
+  std::vector<float> codebook(static_cast<size_t>(K * depth)), x(static_cast<size_t>(rows * depth));
+  std::vector<float> columns(x.size());
+  for (float& each : codebook) each = size * static_cast<float>(normal());
+  for (float& each : x) each = size * static_cast<float>(normal());
+  if (spoilt) x[static_cast<size_t>(5 * depth)] = NAN;
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t d = 0; d < depth; ++d)
+      columns[static_cast<size_t>(d * rows + n)] = x[static_cast<size_t>(n * depth + d)];
+  lct::VqWork work{};
+  work.args.codebook = work.words = codebook.data();
+  work.args.codewords = K;
+  work.args.depth = work.width = depth;
+  work.args.groups = 1;
+  work.tiles = (K + lct::kVqTile - 1) / lct::kVqTile;
+  std::vector<float> panels(static_cast<size_t>(work.tiles * lct::kVqPitch * depth));
+  std::vector<float> half_norms(static_cast<size_t>(work.tiles * lct::kVqPitch));
+  work.panels = panels.data();
+  work.half_norms = half_norms.data();
+  lct::avx512::vq_tasks.pack(work, 0, 0, K);
+  std::vector<char> words(static_cast<size_t>(filter.group_bytes(work)));
+  std::vector<char> scratch(static_cast<size_t>(filter.scratch_bytes(work)));
+  work.filter_words = words.data();
+  work.filter_scratch = scratch.data();
+  filter.begin(work, 0);
+  filter.prepare(work, 0);
+  std::vector<int32_t> codes(static_cast<size_t>(rows));
+  const bool found = filter.search(work, 0, columns.data(), x.data(), depth, codes.data(), 0);
+  const bool ordinary = size == 1.0f && !spoilt;
+  const std::string at = "filter, depth " + std::to_string(depth) + ", size " + std::to_string(size) + ": ";
+  expect(found == ordinary, at + "found or did not find the words");
+  for (int64_t n = 0; ordinary && n < rows; ++n) {
+    double distances[K];
+    for (int64_t k = 0; k < K; ++k) {
+      distances[k] = 0;
+      for (int64_t d = 0; d < depth; ++d) {
+        const double word = codebook[static_cast<size_t>(k * depth + d)];
+        distances[k] += std::pow(x[static_cast<size_t>(n * depth + d)] - word, 2);
+      }
+    }
+    const double chosen = distances[codes[static_cast<size_t>(n)]];
+    expect(chosen <= *std::min_element(distances, distances + K) + 1e-4, at + "a word that is not the nearest");
+  }
+}
+
+void filters() {
+  if (lct::best_simd_level() != lct::SimdLevel::avx512vnni) return;
+  for (int64_t depth : {8, 36}) {
+    const lct::VqFilter& bits = depth < 24 ? lct::avx512vnni::vq_filter_16_bits : lct::avx512vnni::vq_filter_8_bits;
+    filter(bits, depth, 1.0f, false);
+    filter(bits, depth, 1.0f, true);
+    filter(bits, depth, 1e-15f, false);
+    filter(bits, depth, 1e15f, false);
+  }
+}
+#endif
+
 }  // namespace
 
 int main() {
+#ifdef LCT_X86
+  filters();
+#endif
   const Shape shapes[] = {
       {1, 1, 2, 1, 1},       // the smallest
       {3, 3, 5, 7, 16},      // more slots than rows, codes across bytes
@@ -237,6 +301,7 @@ int main() {
       {70, 2, 13, 130, 5},   // deep, not in whole fours
       {9, 1, 4096, 3, 2},    // more words than a task packs
       {4099, 1, 16, 4, 16},  // a chunk and three rows
+      {323, 2, 50, 30, 3},   // the filter, with 8 bits; with 16 above
   };
   for (const Shape& shape : shapes)
     for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("where", [p for p in VQ_PLACES if p.backend != "reference"], ids=str)
-@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "avx512vnni"])
 def test_nothing_outside_the_tensors_is_touched(where: Place, level: str) -> None:
     native = _native.load()
     assert native is not None, _native.why_absent()
@@ -50,8 +50,10 @@ def test_workspace_is_bounded_in_rows() -> None:
         for threads in (1, 2, 8):
             for rows in (10**6, 10**12):
                 bytes_ = size(rows, groups, codewords, depth, 16, 0, threads)
-                # Panels, chunk, total and padded words, two places a thread with two copies each, scratch.
-                assert bytes_ <= (5 + 5 * threads) * words + threads * 2**17, (codewords, threads)
+                # Panels, the filter's, chunk, total and padded words; for each thread two places with two copies
+                # each, and scratch, of which 64 rows' smallest scores in every tile of six words are the most.
+                tiles = 4 * groups * 64 * (codewords + 48) / 6
+                assert bytes_ <= (6 + 5 * threads) * words + threads * (tiles + 2**17), (codewords, threads)
 
 
 def test_sizes_beyond_32_bits_are_counted_in_64() -> None:
