@@ -1,4 +1,4 @@
-"""Layers that give their output and its average pool in shared passes, where they end in batch norm and ReLU."""
+"""Layers that give their output and what their critic begins with in shared passes, where they end as an op does."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from lct_fast.critics import Critic
+from lct_fast.critics.linear import LinearCritic
+from lct_fast.critics.linear_logits import LinearLogits
 from lct_fast.critics.norm_relu_pool import NormReluPool, observed
 from lct_fast.engine.graph import used_by
 
-_TAIL = "norm_relu_pool"
+_TAIL = "tail"
 _RELU = (F.relu, torch.relu, torch.relu_)
 
 
 class FusedLayers(nn.Module):
-    """The same layers, `forward(x) -> (h, pool_to(h, side))`; parameters and buffers are shared with them.
+    """The same layers, giving more: parameters and buffers are shared with them.
+
+    `forward(x)` gives h and its average pool, or with ``gives_logits`` the critic's logits.
 
     Attributes:
         bypassed: modules whose own `forward` is not called.
@@ -25,23 +30,29 @@ class FusedLayers(nn.Module):
     def __init__(self, graph_module: fx.GraphModule, bypassed: list[nn.Module]) -> None:
         super().__init__()
         self.graph_module, self.bypassed = graph_module, bypassed
+        self.gives_logits = isinstance(graph_module.get_submodule(_TAIL), LinearLogits)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h, pooled = self.graph_module(x)
-        return h, pooled
+        h, read = self.graph_module(x)
+        return h, read
 
     @property
-    def altered(self) -> bool:
-        """Whether a hook, or a forward of somebody's own, waits for a call that would not come."""
-        return any(map(observed, self.bypassed))
+    def applies(self) -> bool:
+        """False where a hook, or a forward of somebody's own, waits for a call that would not come; and for logits
+        under autocast, as 16-bit ones are less exact than what `critic_head` makes of h."""
+        if self.gives_logits and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return False
+        return not any(map(observed, self.bypassed))
 
 
-def fuse(layers: nn.Module, side: int) -> FusedLayers | None:
-    """`layers` with a fused end, or None where they end otherwise.
+def fuse(layers: nn.Module, critic: Critic) -> FusedLayers | None:
+    """`layers` with a fused end: batch norm, ReLU and the critic's pool, or linear, activation and its logits.
+
+    None where they end otherwise, or the critic begins otherwise.
 
     Args:
         layers: one input and one output; what torch.fx cannot trace is left as it is.
-        side: of the pooled map.
+        critic: the head on them.
     """
     if not isinstance(layers, fx.GraphModule):
         return None
@@ -50,27 +61,40 @@ def fuse(layers: nn.Module, side: int) -> FusedLayers | None:
     if graph is None:
         return None
     (output,) = (n for n in graph.nodes if n.op == "output")
-    relu = output.args[0]
-    norm = relu.args[0] if _is_relu(layers, relu) else None
-    if (
-        not isinstance(norm, fx.Node)
-        or norm.op != "call_module"
-        or not NormReluPool.takes(layers.get_submodule(str(norm.target)))
-        or len(norm.users) > 1
-        or len(relu.users) > 1
-    ):
+    activation, end = _end(layers, output.args[0])
+    if not end:
         return None
-    bypassed = [layers.get_submodule(name) for name in (*opened, str(norm.target))]
-    if relu.op == "call_module":
-        bypassed.append(layers.get_submodule(str(relu.target)))
-    root = used_by(layers, graph.nodes)
-    root[_TAIL] = NormReluPool(bypassed[len(opened)], side, _sole_producer(layers, norm))  # type: ignore[arg-type]
+    node = end[-1]
+    module = layers.get_submodule(str(node.target))
+    tail: nn.Module
+    if critic.pool is not None and activation == "relu" and NormReluPool.takes(module):
+        tail = NormReluPool(module, critic.pool, _sole_producer(layers, node))  # type: ignore[arg-type]
+    elif isinstance(critic, LinearCritic) and LinearLogits.takes(module, critic.head):
+        tail = LinearLogits(module, activation, critic.head)  # type: ignore[arg-type]
+    else:
+        return None
+    names = (*opened, *(str(n.target) for n in end if n.op == "call_module"))
+    root = used_by(layers, graph.nodes) | {_TAIL: tail}
     with graph.inserting_before(output):
-        tail = graph.call_module(_TAIL, (norm.args[0],))
-    output.args = (tail,)
-    for node in (relu, norm):
-        graph.erase_node(node)
-    return FusedLayers(fx.GraphModule(root, graph), bypassed)
+        output.args = (graph.call_module(_TAIL, (node.args[0],)),)
+    for each in end:
+        graph.erase_node(each)
+    return FusedLayers(fx.GraphModule(root, graph), [layers.get_submodule(n) for n in names])
+
+
+def _end(layers: nn.Module, node: object) -> tuple[str, list[fx.Node]]:
+    """The activation ("none", "relu", "gelu") and the nodes from it back to a module, each read by the next alone."""
+    activation, end = _activation(layers, node), []
+    if activation != "none":
+        assert isinstance(node, fx.Node)
+        end.append(node)
+        node = node.args[0]
+    while isinstance(node, fx.Node) and node.op == "call_module":
+        end.append(node)
+        if type(layers.get_submodule(str(node.target))) is not nn.Identity:
+            return activation, end if all(len(n.users) == 1 for n in end) else []
+        node = node.args[0]
+    return activation, []
 
 
 class _Tracer(fx.Tracer):
@@ -120,11 +144,15 @@ def _sole_producer(layers: nn.Module, norm: fx.Node) -> nn.Conv2d | None:
     return module if type(module) is nn.Conv2d else None
 
 
-def _is_relu(layers: nn.Module, node: object) -> bool:
+def _activation(layers: nn.Module, node: object) -> str:
     if not isinstance(node, fx.Node):
-        return False
+        return "none"
     if node.op == "call_module":
-        return type(layers.get_submodule(str(node.target))) is nn.ReLU
+        module = layers.get_submodule(str(node.target))
+        gelu = type(module) is nn.GELU and module.approximate == "none"
+        return "relu" if type(module) is nn.ReLU else "gelu" if gelu else "none"
     if node.op == "call_method":
-        return node.target in ("relu", "relu_")
-    return node.op == "call_function" and node.target in _RELU
+        return "relu" if node.target in ("relu", "relu_") else "none"
+    if node.op == "call_function" and node.target is F.gelu:
+        return "gelu" if node.kwargs.get("approximate", "none") == "none" else "none"
+    return "relu" if node.op == "call_function" and node.target in _RELU else "none"

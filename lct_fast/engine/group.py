@@ -62,16 +62,11 @@ class Group(nn.Module):
 
     @property
     def fused(self) -> FusedLayers | None:
-        """The layers, giving h_k and the average pool its critic begins with in shared passes.
-
-        None where the layers don't end in batch norm and ReLU, the critic begins otherwise, or a hook or a forward of
-        somebody's own would be passed by.
-        """
+        """The layers, giving h_k and what its critic begins with in shared passes; None where that cannot be."""
         if self._fused is None:
-            pool = self.critic.pool
-            self._fused = (None if pool is None else fuse(self.layers, pool),)
+            self._fused = (fuse(self.layers, self.critic),)
         (fused,) = self._fused
-        return None if fused is None or fused.altered else fused
+        return fused if fused is not None and fused.applies else None
 
 
 class Cut:

@@ -100,7 +100,8 @@ class Worker:
         return torch.compile(module) if self.settings.compile else module  # type: ignore[return-value]
 
     @property
-    def fused(self) -> nn.Module | None:
+    def fused(self) -> Any:
+        """As the group's, as it runs."""
         return None if self.group.fused is None else self._fused
 
     @property

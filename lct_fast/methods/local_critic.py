@@ -95,6 +95,13 @@ class LocalCritic(Method):
         critic = group.critic
         with span("forward"):
             h, read, features = forward(group, x)
+        if features is None:
+            with span("critic"):
+                step = objective.of_logits(critic.head, h.detach(), read.detach(), target, scale)
+            with span("backward"):
+                read.backward(step.du)
+            slot = Slot(h.detach(), step.dlogits, step.loss, scale) if keep_slot else None
+            return LocalStep(h.detach(), step.loss, slot)
         with span("critic"):
             entry = read.detach().requires_grad_()
             with _recorded(critic) as tape:

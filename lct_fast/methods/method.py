@@ -21,11 +21,19 @@ def no_span(name: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+class Fused(Protocol):
+    """Layers that give their output and its average pool, or the head's logits, in shared passes."""
+
+    gives_logits: bool
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class GroupLike(Protocol):
     """What a method sees of a group: layers, the head on its output, and whether it is the last.
 
-    ``fused`` gives the layers' output and its average pool, which the head begins with, in shared passes; None where
-    there is nothing to share.
+    ``fused`` gives the layers' output and what the head begins with in shared passes; None where there is nothing to
+    share.
     """
 
     @property
@@ -35,7 +43,7 @@ class GroupLike(Protocol):
     def critic(self) -> Critic: ...
 
     @property
-    def fused(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None: ...
+    def fused(self) -> Fused | None: ...
 
     @property
     def last(self) -> bool: ...
@@ -119,13 +127,14 @@ def accumulate(parameter: Tensor | None, gradient: Tensor | None) -> None:
         parameter.grad.add_(gradient)
 
 
-def forward(group: GroupLike, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """h_k, what the critic reads of it, and the critic's features as a function of that."""
-    if group.fused is not None:
-        h, pooled = group.fused(x)
-        return h, pooled, group.critic.from_pooled
-    h = group.layers(x)
-    return h, h, group.critic.features
+def forward(group: GroupLike, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]:
+    """h_k, what the critic reads of it, and its features as a function of that; None if that is its logits."""
+    fused = group.fused
+    if fused is None:
+        h = group.layers(x)
+        return h, h, group.critic.features
+    h, read = fused(x)
+    return h, read, None if fused.gives_logits else group.critic.from_pooled
 
 
 def joint_step(
@@ -146,16 +155,20 @@ def joint_step(
         h, read, features = forward(group, x)
     critic = group.critic
     with span("critic"):
-        u = features(read)
-        step = objective(
-            critic.head,
-            u.detach(),
-            target,
-            scale,
-            activation=critic.activation,
-            with_weight_gradient=True,
-            each_row=each_row,
-        )
+        if features is None:
+            u = read
+            step = objective.of_logits(critic.head, h.detach(), u.detach(), target, scale, True)
+        else:
+            u = features(read)
+            step = objective(
+                critic.head,
+                u.detach(),
+                target,
+                scale,
+                activation=critic.activation,
+                with_weight_gradient=True,
+                each_row=each_row,
+            )
         if critic.head is not None:
             accumulate(critic.head.weight, step.dweight)
             accumulate(critic.head.bias, step.dbias)

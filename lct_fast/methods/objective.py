@@ -90,6 +90,38 @@ class Objective:
             return HeadStep(r.loss, r.dlogits, r.dh, r.dweight, r.dbias if head.bias is not None else None)
         return self._in_torch(head, u, target, scale, activation, with_weight_gradient)
 
+    def of_logits(
+        self,
+        head: nn.Linear,
+        h: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        with_weight_gradient: bool = False,
+    ) -> HeadStep:
+        """As a call on ``h`` [N, D], given the head's logits [N, V] of it; ``du`` is the gradient at the logits."""
+        loss, dlogits = self._at_logits(logits, target)
+        dweight = dbias = None
+        if with_weight_gradient:
+            row_scale = scale.expand(len(h)).contiguous()
+            dweight, dbias = ops.critic_head_wgrad(h, dlogits.to(h.dtype), row_scale, dtype=head.weight.dtype)
+        return HeadStep(
+            loss,
+            dlogits.to(h.dtype),
+            (dlogits * scale).to(logits.dtype),
+            dweight,
+            dbias if head.bias is not None else None,
+        )
+
+    def _at_logits(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [N] and its gradient at the logits, in fp32 (fp64 for fp64)."""
+        wide = logits.float() if logits.dtype != torch.float64 else logits
+        with torch.enable_grad():
+            wide = wide.detach().requires_grad_()
+            loss = self.per_sample(wide, target)
+            (dlogits,) = torch.autograd.grad(loss.sum(), wide)
+        return loss.detach(), dlogits
+
     def late_weight_gradient(
         self, head: nn.Linear, u: Tensor, target: Tensor, row_scale: Tensor, activation: str
     ) -> tuple[Tensor, Tensor | None]:
@@ -153,11 +185,7 @@ class Objective:
                     a, head.weight.to(a.dtype), None if head.bias is None else head.bias.to(a.dtype)
                 )
             )
-        wide = logits.float() if logits.dtype != torch.float64 else logits
-        with torch.enable_grad():
-            wide = wide.detach().requires_grad_()
-            loss = self.per_sample(wide, target)
-            (dlogits,) = torch.autograd.grad(loss.sum(), wide)
+        loss, dlogits = self._at_logits(logits, target)
         dweight = dbias = None
         du = dlogits * scale
         if head is not None:
@@ -167,4 +195,4 @@ class Objective:
             du = du @ head.weight.detach().to(du.dtype)
         if activation == "relu":
             du = du * (u > 0)
-        return HeadStep(loss.detach(), dlogits, du.to(u.dtype), dweight, dbias)
+        return HeadStep(loss, dlogits, du.to(u.dtype), dweight, dbias)

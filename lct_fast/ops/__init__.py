@@ -7,7 +7,7 @@ from lct_fast.ops.backend import BackendError, backends, names, use_backend
 from lct_fast.ops.block_quantize import BlockQuantized, block_dequantize, block_quantize
 from lct_fast.ops.bn_relu_pool import BnReluPool, bn_relu_pool
 from lct_fast.ops.critic_head import CriticHead, critic_head, critic_head_wgrad
-from lct_fast.ops.group_linear import GroupLinear, group_linear
+from lct_fast.ops.group_linear import UNFUSED_CLASSES, GroupLinear, group_linear
 from lct_fast.ops.linear_cross_entropy import linear_cross_entropy
 from lct_fast.ops.vq import VQEncoding, VQState, vq_decode, vq_encode, vq_state, vq_update
 
@@ -16,6 +16,7 @@ __all__ = [
     "BlockQuantized",
     "BnReluPool",
     "CriticHead",
+    "UNFUSED_CLASSES",
     "GroupLinear",
     "VQEncoding",
     "VQState",

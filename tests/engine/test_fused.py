@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lct_fast as lct
+from lct_fast import critics
 from lct_fast.critics.pooling import pool_to
 from lct_fast.engine.fused import fuse
 from tests.engine import nets
@@ -38,6 +39,10 @@ def _layers(unit: nn.Module) -> nn.Module:
     model = nn.Sequential(unit, nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 36, 2))
     (first, _) = lct.split(model, example_input=torch.zeros(2, 3, 8, 8), split_points=["1"])
     return first.layers
+
+
+def _pools(side: int) -> critics.Critic:
+    return critics.build(f"pooled_linear:pool={side}", (4, 8, 8), 2)
 
 
 ENDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -68,22 +73,23 @@ SHARED = {
 
 @pytest.mark.parametrize("end", ENDS)
 def test_batch_norm_and_relu_are_recognised(end: str) -> None:
-    assert fuse(_layers(Unit(ENDS[end])), 2) is not None
+    assert fuse(_layers(Unit(ENDS[end])), _pools(2)) is not None
 
 
 @pytest.mark.parametrize("end", OTHER_ENDS)
 def test_other_ends_are_left_as_they_are(end: str) -> None:
+    critic = _pools(2)
     states = random.getstate(), torch.get_rng_state()
     layers = _layers(Unit(OTHER_ENDS[end]))
     random.setstate(states[0])
     torch.set_rng_state(states[1])
-    assert fuse(layers, 2) is None
+    assert fuse(layers, critic) is None
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"momentum": None}], ids=str)
 def test_batch_norms_the_op_cannot_stand_for_are_left(options: dict[str, Any]) -> None:
-    assert fuse(_layers(Unit(ENDS["F.relu"], **options)), 2) is None
+    assert fuse(_layers(Unit(ENDS["F.relu"], **options)), _pools(2)) is None
 
 
 class SubclassedNorm(nn.BatchNorm2d):
@@ -93,7 +99,7 @@ class SubclassedNorm(nn.BatchNorm2d):
 def test_a_subclass_of_batch_norm_is_left() -> None:
     unit = Unit(ENDS["F.relu"])
     unit.norm = SubclassedNorm(4)
-    assert fuse(_layers(unit), 2) is None
+    assert fuse(_layers(unit), _pools(2)) is None
 
 
 @pytest.mark.parametrize("make", SHARED.values(), ids=list(SHARED))
@@ -106,7 +112,7 @@ def test_output_pool_gradients_and_statistics_are_those_of_the_layers(
     torch.manual_seed(0)
     plain = _layers(make()).double()
     shared_layers = copy.deepcopy(plain)
-    shared = fuse(shared_layers, side)
+    shared = fuse(shared_layers, _pools(side))
     assert shared is not None
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
     if channels_last:
@@ -133,7 +139,7 @@ def test_output_pool_gradients_and_statistics_are_those_of_the_layers(
 
 
 def test_a_map_of_another_size_than_expected_is_pooled_all_the_same() -> None:
-    shared = fuse(_layers(Unit(ENDS["F.relu"])), 2)
+    shared = fuse(_layers(Unit(ENDS["F.relu"])), _pools(2))
     assert shared is not None
     h, pooled = shared(torch.randn(2, 3, 7, 10))
     torch.testing.assert_close(pooled, F.adaptive_avg_pool2d(h, 2))
@@ -214,9 +220,9 @@ def test_it_runs_compiled() -> None:
 
 def _convolved(unit: Unit, watch: list[Tensor]) -> Tensor:
     """The convolution's output after the backward pass, seen through a view that no hook shows."""
-    shared = fuse(_layers(unit), 2)
+    shared = fuse(_layers(unit), _pools(2))
     assert shared is not None
-    tail = shared.graph_module.norm_relu_pool
+    tail = shared.graph_module.tail
     torch.manual_seed(0)
     own = tail.forward
     tail.forward = lambda x: watch.append(x.detach()) or own(x)
@@ -239,3 +245,83 @@ def test_the_gradient_is_written_over_what_a_convolution_alone_gave() -> None:
     assert group.fused is None
     handle.remove()
     assert group.fused is not None
+
+
+class Dense(nn.Module):
+    """A linear layer and an end of somebody's own."""
+
+    def __init__(self, end: Callable[[Any, Tensor], Tensor], inputs: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, 5)
+        self.norm = nn.Identity()
+        self.act = nn.GELU()
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self, self.linear(x.flatten(1)))
+
+
+DENSE_ENDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "relu": lambda m, x: F.relu(m.norm(x)),
+    "none": lambda m, x: m.norm(x),
+    "F.gelu": lambda m, x: F.gelu(x),
+    "GELU": lambda m, x: m.act(x),
+}
+OTHER_DENSE_ENDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "tanh's gelu": lambda m, x: F.gelu(x, approximate="tanh"),
+    "another activation": lambda m, x: F.silu(x),
+    "used beside": lambda m, x: (x * 2, F.relu(x))[1],
+}
+
+
+def _dense(end: Callable[[Any, Tensor], Tensor], critic: str = "linear", classes: int = 3) -> list[lct.Group]:
+    torch.manual_seed(0)
+    model = nn.Sequential(Dense(end), Dense(end, 5), nn.Linear(5, classes))
+    return lct.split(model, example_input=torch.zeros(4, 2, 3), critic=critic, split_points=["1", "2"])
+
+
+def test_linear_ends_give_the_critics_logits() -> None:
+    for end in DENSE_ENDS.values():
+        groups = _dense(end)
+        for group in groups[:-1]:
+            assert group.fused is not None and group.fused.gives_logits
+        x = torch.randn(7, 2, 3)
+        h, logits = groups[0].fused(x)  # type: ignore[misc]
+        torch.testing.assert_close(h, groups[0].layers(x))
+        torch.testing.assert_close(logits, groups[0].critic(h))
+
+
+def test_other_linear_ends_are_left() -> None:
+    for name, end in OTHER_DENSE_ENDS.items():
+        assert _dense(end)[0].fused is None, name
+    assert _dense(DENSE_ENDS["relu"], classes=64)[0].fused is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _dense(DENSE_ENDS["relu"])[0].fused is None
+
+
+@pytest.mark.parametrize("method", [lct.LocalCritic, lct.Greedy])
+@pytest.mark.parametrize("end", DENSE_ENDS)
+def test_linear_ends_train_as_without(end: str, method: type[lct.Method]) -> None:
+    """Rows that count for nothing included."""
+    states, losses = [], []
+    draw = torch.Generator().manual_seed(3)
+    batches = [
+        (torch.randn(9, 2, 3, generator=draw).double(), torch.randint(-1, 3, (9,), generator=draw))
+        for _ in range(4)
+    ]
+    for shared in (True, False):
+        groups = _dense(DENSE_ENDS[end])
+        for group in groups:
+            group.double()
+        for group in groups[:-1]:
+            assert group.fused is not None
+            if not shared:
+                group.fused.bypassed[0].register_forward_hook(lambda *_: None)
+                assert group.fused is None
+        trainer = lct.Trainer(groups, method(), feedback_delay=1, ignore_index=-1)
+        losses.append(torch.stack([trainer.step(x, y).losses for x, y in batches]))
+        trainer.flush()
+        states.append(nets.state(trainer))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0.0)
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, rtol=1e-6, atol=1e-8, msg=name)
