@@ -1,8 +1,8 @@
 // vq's encoder: the waves that it goes over its rows in, and the fold that ends each of them.
 //
-// The fold adds up what the runs left behind: sums and counts, errors, candidates; and it packs the wave's codes.
-// All of it is one launch, in which a block's number tells its job, so a call that fits one wave is two launches.
-// Chunks are summed 32 at a time, each from its runs in order, and then added to the total in order.
+// The fold adds up what the runs left behind, sums and counts, errors and candidates, and packs the wave's
+// codes. All of it is one launch, in which a block's number tells its job, so a call that fits one wave is two
+// launches. Chunks are summed 32 at a time, each from its runs in order, and then added to the total in order.
 #include <algorithm>
 
 #include "cuda/vq_work.h"
@@ -14,17 +14,17 @@ using namespace vq;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kLanes;
-constexpr int kEach = 4;                     // chunks that a warp sums at once
+constexpr int kEach = 4;  // chunks that a warp sums at once
 constexpr int kAtOnce = kWarps * kEach;
-constexpr int64_t kWaveBytes = 64 << 20;     // of workspace, unless one chunk needs more
+constexpr int64_t kWaveBytes = 64 << 20;  // of workspace, unless one chunk needs more
 
 struct Jobs {
   int64_t sums, slots, errors, codes;  // blocks of each
   int64_t all() const { return sums + slots + errors + codes; }
 };
 
-// total + chunk 0 + chunk 1 + ..., of each lane of the first warp. sum_of(chunk) is a lane's part of a chunk, and
-// every warp calls it together.
+// total + chunk 0 + chunk 1 + ..., of each lane of the first warp. sum_of(chunk) is a lane's part of a chunk;
+// the lanes of a warp call it together.
 template <typename SumOf>
 __device__ __forceinline__ float fold_chunks(float* shared, int64_t chunks, float total, SumOf sum_of) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -114,8 +114,8 @@ __device__ __forceinline__ Candidate better(Candidate a, Candidate b) {
   return b.score > a.score || (b.score == a.score && b.row < a.row) ? b : a;
 }
 
-// A warp is a slot of a group. Its rows are in every run, or, with more slots than a run has rows, at a place in
-// the chunk that comes again every `slots` rows.
+// A warp is a slot of a group. Its rows are in every run, or, with more slots than a run has rows, at a place
+// in the chunk that comes again every `slots` rows.
 __device__ void fold_slot(const Wave& wave, int64_t index) {
   const VqEncode& args = wave.args;
   const int lane = threadIdx.x % kLanes;
@@ -135,10 +135,13 @@ __device__ void fold_slot(const Wave& wave, int64_t index) {
     if (run >= wave.runs) continue;
     const int64_t at = (run * args.groups + group) * wave.kept_slots + kept;
     const float score = wave.slot_scores[at];
-    if (score > 0.0f) best = better(best, {score, static_cast<uint32_t>(run * kRunRows) + wave.slot_rows[at]});
+    const uint32_t row = static_cast<uint32_t>(run * kRunRows) + wave.slot_rows[at];
+    if (score > 0.0f) best = better(best, {score, row});
   }
   for (int apart = kLanes / 2; apart > 0; apart /= 2) {
-    best = better(best, {__shfl_xor_sync(kAllLanes, best.score, apart), __shfl_xor_sync(kAllLanes, best.row, apart)});
+    const float score = __shfl_xor_sync(kAllLanes, best.score, apart);
+    const uint32_t row = __shfl_xor_sync(kAllLanes, best.row, apart);
+    best = better(best, {score, row});
   }
   const float before = wave.first == 0 ? 0.0f : args.candidate_scores[index];
   // Every lane has read it before one writes it.
@@ -250,7 +253,8 @@ bool fits(const VqEncode& args) {
 
 }  // namespace
 
-size_t vq_encode_cuda_workspace(int64_t rows, int64_t groups, int64_t codewords, int64_t depth, int64_t slots) {
+size_t vq_encode_cuda_workspace(int64_t rows, int64_t groups, int64_t codewords, int64_t depth,
+                                int64_t slots) {
   const int64_t each = chunk_bytes(groups, codewords, depth, slots);
   const int64_t chunks = std::clamp(kWaveBytes / each, int64_t{1}, most_chunks(groups));
   return static_cast<size_t>(half_norm_bytes(groups, codewords, depth) +

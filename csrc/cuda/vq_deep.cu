@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kColumns = 16;  // that pass through shared memory at once
 constexpr int kTileRows = 128, kTileWords = 64;
-constexpr int kEach = 8;                              // rows and words of a thread
-constexpr int kWordThreads = kTileWords / kEach;      // neighbours that share their rows
+constexpr int kEach = 8;                          // rows and words of a thread
+constexpr int kWordThreads = kTileWords / kEach;  // neighbours that share their rows
 constexpr int kRowPitch = kTileRows + 4, kWordPitch = kTileWords + 4;
 constexpr int kOperandFloats = kColumns * (kRowPitch + kWordPitch);
 constexpr int kVector = 4;
@@ -27,7 +27,7 @@ Shared share(int64_t codewords, int64_t depth) {
   return {holds_sums, static_cast<int>(holds_sums && sums > kOperandFloats ? sums : kOperandFloats)};
 }
 
-// Columns [0, 8) or [0, 16) of one row of a matrix to a column of `to`.
+// A row to a column of `to`.
 template <int kWidth>
 __device__ __forceinline__ void put_column(float* to, int pitch, const float (&x)[kWidth]) {
 #pragma unroll
@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(kThreads, 3) deep_kernel(const Wave wave, cons
     for (int64_t d0 = 0; there && d0 < depth; d0 += kColumns) {
       const int count = columns_left(depth, d0, kColumns);
       float x[kColumns], word[kColumns];
-      load_columns<kColumns, kAligned>(x, wave.args.x, start_of(wave, run, row) + d0, count, wave.args.dtype);
+      load_columns<kColumns, kAligned>(x, wave.args.x, start_of(wave, run, row) + d0, count,
+                                       wave.args.dtype);
       load_as<kColumns, kAligned>(word, from + d0, count);
 #pragma unroll
       for (int d = 0; d < kColumns; ++d) {
@@ -221,13 +222,14 @@ __global__ void __launch_bounds__(kThreads, 3) deep_kernel(const Wave wave, cons
 }
 
 // A word a thread.
-__global__ void __launch_bounds__(kThreads) half_norm_kernel(const float* codebook, float* half_norms, int64_t words,
-                                                            int64_t depth) {
+__global__ void __launch_bounds__(kThreads)
+    half_norm_kernel(const float* codebook, float* half_norms, const int64_t words, const int64_t depth) {
   const int64_t word = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (word >= words) return;
+  const float* from = codebook + word * depth;
   float square = 0.0f;
 #pragma unroll 8
-  for (int64_t d = 0; d < depth; ++d) square = fmaf(codebook[word * depth + d], codebook[word * depth + d], square);
+  for (int64_t d = 0; d < depth; ++d) square = fmaf(from[d], from[d], square);
   half_norms[word] = 0.5f * square;
 }
 
@@ -239,8 +241,8 @@ cudaError_t search_deep(const Wave& wave, cudaStream_t stream) {
   const bool whole = args.depth % vector == 0 && aligned(args.x, 16) && aligned(args.codebook, 16);
   const Shared plan = share(args.codewords, args.depth);
   const size_t bytes = (plan.words + kRunRows + settle_words(wave.kept_slots)) * sizeof(float);
-  return launch(whole ? deep_kernel<true> : deep_kernel<false>, wave.runs * args.groups, kThreads, bytes, stream,
-                wave, plan);
+  const auto kernel = whole ? deep_kernel<true> : deep_kernel<false>;
+  return launch(kernel, wave.runs * args.groups, kThreads, bytes, stream, wave, plan);
 }
 
 cudaError_t make_half_norms(const Wave& wave, cudaStream_t stream) {

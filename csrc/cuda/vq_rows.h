@@ -3,9 +3,9 @@
 // A thread has four rows, and the rows of a warp at one turn are 32 neighbours: block b of the run's sixteen is
 // turn b % 4 of warp b / 4.
 //
-// Sums of a run: in each block of 32 rows those with one code are added as a tree of pairs of neighbours, in five
-// steps whether one word has all of the rows or each has its own; the block's words then differ, and are added to
-// the run's sums without meeting each other, block after block. So a word that many rows choose costs no more.
+// Sums of a run: in each block of 32 rows those with one code are added as a tree of pairs of neighbours, in
+// five steps at most; the block's words then differ, and are added to the run's sums without meeting each
+// other, block after block. So a word that many rows choose costs little more than words that few choose.
 #pragma once
 
 #include <cstring>
@@ -17,7 +17,7 @@ namespace lct::vq {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kRows = static_cast<int>(kRunRows) / kThreads;  // of a thread
-constexpr int kBlockWords = 10 * 1024;  // 4 bytes each: shared memory that holds words, then sums
+constexpr int kBlockWords = 10 * 1024;  // 4 bytes each: the most of shared memory that sums take
 
 // The share of a block of threads.
 struct Run {
@@ -64,8 +64,9 @@ __device__ __forceinline__ float candidate_score(float error, uint32_t place) {
   return error / static_cast<float>(static_cast<int>(h >> 8 | 1u));
 }
 
-// Puts forward the best row of each slot. Scores are not negative, so their bits are in the order of the numbers;
-// the largest first, then the lowest of the rows that have it: integers, for which order of arrival is nothing.
+// Puts forward the best row of each slot. Scores are not negative, so their bits are in the order of the
+// numbers; the largest first, then the lowest of the rows that have it: whole numbers, for which it does not
+// matter who comes first.
 __device__ __forceinline__ void put_forward(const Wave& wave, const Run& run, const float (&error)[kRows],
                                             uint32_t* best, uint32_t* rows) {
   const unsigned kept = static_cast<unsigned>(wave.kept_slots);
@@ -95,10 +96,10 @@ __device__ __forceinline__ void put_forward(const Wave& wave, const Run& run, co
   }
 }
 
-// Stores codes, the run's error, its flag and its candidates. Afterwards a row that is left out, or that there is
-// not, has code -1. `scratch`: settle_words of shared memory that nobody else uses.
-__device__ __forceinline__ void settle(const Wave& wave, const Run& run, int (&code)[kRows], float (&error)[kRows],
-                                       uint32_t* scratch) {
+// Stores codes, the run's error, its flag and its candidates. Afterwards a row that is left out, or that there
+// is not, has code -1. `scratch`: settle_words of shared memory that nobody else uses.
+__device__ __forceinline__ void settle(const Wave& wave, const Run& run, int (&code)[kRows],
+                                       float (&error)[kRows], uint32_t* scratch) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   float* warp_errors = reinterpret_cast<float*>(scratch);
   uint32_t* warp_flags = scratch + kWarps;
@@ -115,9 +116,10 @@ __device__ __forceinline__ void settle(const Wave& wave, const Run& run, int (&c
   for (int turn = 0; turn < kRows; ++turn) {
     const int row = row_at(turn);
     const bool there = row < run.rows, good = error[turn] < kInfinity;
-    if (there)
-      wave.codes[(run.index * kRunRows + row) * wave.args.groups + run.group] =
-          static_cast<uint16_t>(good ? code[turn] : 0);
+    if (there) {
+      const int64_t to = (run.index * kRunRows + row) * wave.args.groups + run.group;
+      wave.codes[to] = static_cast<uint16_t>(good ? code[turn] : 0);
+    }
     left_out |= there && !good;
     if (!there || !good) {
       code[turn] = -1;
@@ -145,7 +147,7 @@ __device__ __forceinline__ void settle(const Wave& wave, const Run& run, int (&c
   if (wave.kept_slots) put_forward(wave, run, error, best, rows);
 }
 
-// Adds up x over the lanes that share a code, pairs of neighbours first. The lowest of them is left with the sum.
+// Adds up x over the lanes that share a code, pairs of neighbours first. The lowest is left with the sum.
 template <int kWidth>
 __device__ __forceinline__ void add_peers(float (&x)[kWidth], unsigned peers) {
   const int lane = threadIdx.x % kLanes;

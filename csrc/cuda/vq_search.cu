@@ -36,8 +36,8 @@ Shared share(int64_t codewords, int64_t depth, int width) {
 // Words [first, first + tile) of the group and their half norms; behind the last word there are words that no
 // row can choose.
 template <int kWidth, bool kExact>
-__device__ __forceinline__ void load_words(float* words, float* half_norms, const float* codebook, int64_t first,
-                                           int tile, int64_t codewords, int depth) {
+__device__ __forceinline__ void load_words(float* words, float* half_norms, const float* codebook,
+                                           int64_t first, int tile, int64_t codewords, int depth) {
   for (int k = threadIdx.x; k < tile; k += kThreads) {
     const bool there = first + k < codewords;
     float word[kWidth] = {};
@@ -55,8 +55,8 @@ __device__ __forceinline__ void load_words(float* words, float* half_norms, cons
 // The smallest score of each row among a tile's words, and its word where it beats what came before.
 template <int kWidth>
 __device__ __forceinline__ void search_tile(const float (&x)[kRows][kWidth], const float* words,
-                                            const float* half_norms, int tile, int first, float (&best)[kRows],
-                                            int (&code)[kRows]) {
+                                            const float* half_norms, int tile, int first,
+                                            float (&best)[kRows], int (&code)[kRows]) {
   constexpr int kCount = kWidth < 4 ? kWidth : 4;
 #pragma unroll 1
   for (int k = 0; k < tile; k += kWordsAtOnce) {
@@ -72,7 +72,8 @@ __device__ __forceinline__ void search_tile(const float (&x)[kRows][kWidth], con
 #pragma unroll
         for (int i = 0; i < kCount; ++i)
 #pragma unroll
-          for (int turn = 0; turn < kRows; ++turn) score[turn] = fmaf(-x[turn][d + i], word.at[i], score[turn]);
+          for (int turn = 0; turn < kRows; ++turn)
+            score[turn] = fmaf(-x[turn][d + i], word.at[i], score[turn]);
       }
 #pragma unroll
       for (int turn = 0; turn < kRows; ++turn) {
@@ -90,7 +91,8 @@ constexpr int blocks_of(int width) { return width == kMostWidth ? 3 : 4; }
 
 // kExact: vectors have kWidth columns and are aligned; where not they have fewer, or are not.
 template <int kWidth, bool kExact>
-__global__ void __launch_bounds__(kThreads, blocks_of(kWidth)) search_kernel(const Wave wave, const Shared plan) {
+__global__ void __launch_bounds__(kThreads, blocks_of(kWidth))
+    search_kernel(const Wave wave, const Shared plan) {
   LCT_DYNAMIC_SHARED(float, shared);
   const Run run = this_run(wave);
   const int64_t codewords = wave.args.codewords;
@@ -136,17 +138,17 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kWidth)) search_kernel(con
   }
   settle(wave, run, code, error, reinterpret_cast<uint32_t*>(shared + plan.words));
 
-  // Words are read no more: every thread has been at a barrier of `settle` since.
-  float* partial = partial_of(wave);
-  float* sums = plan.holds_sums ? shared : partial;
-  const int64_t size = codewords * (depth + 1);
-  clear(sums, size);
   unsigned peers[kRows];
 #pragma unroll
   for (int turn = 0; turn < kRows; ++turn) {
     peers[turn] = __match_any_sync(kAllLanes, code[turn]);
     add_peers<kWidth>(x[turn], peers[turn]);
   }
+  // Words are read no more: every thread has been at a barrier of `settle` since.
+  float* partial = partial_of(wave);
+  float* sums = plan.holds_sums ? shared : partial;
+  const int64_t size = codewords * (depth + 1);
+  clear(sums, size);
   __syncthreads();
   for (int warp = 0; warp < kWarps; ++warp) {
     if (warp == static_cast<int>(threadIdx.x) / kLanes) {
@@ -172,7 +174,8 @@ template <int kWidth, bool kExact>
 cudaError_t launch_search(const Wave& wave, cudaStream_t stream) {
   const Shared plan = share(wave.args.codewords, wave.args.depth, kWidth);
   const size_t bytes = (plan.words + settle_words(wave.kept_slots)) * sizeof(float);
-  return launch(search_kernel<kWidth, kExact>, wave.runs * wave.args.groups, kThreads, bytes, stream, wave, plan);
+  return launch(search_kernel<kWidth, kExact>, wave.runs * wave.args.groups, kThreads, bytes, stream, wave,
+                plan);
 }
 
 template <int kWidth>

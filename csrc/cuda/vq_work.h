@@ -1,9 +1,9 @@
 // What the kernels of vq's encoder share: sizes, the workspace, and how vectors are read.
 //
-// Rows are taken in runs of 512, eight to a chunk, and one block works on one group's share of a run. What a run
-// adds up to goes to the workspace; the fold adds runs to chunks and chunks to totals, in order. So that the
-// workspace is bounded however many rows there are, a call goes over them in waves of whole chunks, one wave
-// after the other on the stream. Neither the grid nor the length of a wave changes a bit.
+// Rows are taken in runs of 512, eight to a chunk, and one block works on one group's share of a run. What a
+// run adds up to goes to the workspace; the fold adds runs to chunks and chunks to totals, in order. So that
+// the workspace is bounded however many rows there are, a call goes over them in waves of whole chunks, one
+// wave after the other on the stream. Neither the grid nor the length of a wave changes a bit.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,16 +31,16 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Wave {
   VqEncode args;
-  int64_t first;         // row, the first of a chunk
-  int64_t rows, runs;    // of this wave
-  int64_t kept_slots;    // of a run: all slots, or as many as it has rows
-  float* half_norms;     // [groups, codewords], where depth > kMostWidth
-  float* partials;       // [runs, groups, codewords, depth + 1]: sums, and the count beside them
-  float* slot_scores;    // [runs, groups, kept_slots]
-  uint32_t* slot_rows;   // [runs, groups, kept_slots], in the run
-  float* errors;         // [runs, groups]
-  uint32_t* flags;       // [runs, groups]
-  uint16_t* codes;       // [rows, groups]
+  int64_t first;        // row, the first of a chunk
+  int64_t rows, runs;   // of this wave
+  int64_t kept_slots;   // of a run: all slots, or as many as it has rows
+  float* half_norms;    // [groups, codewords], where depth > kMostWidth
+  float* partials;      // [runs, groups, codewords, depth + 1]: sums, and the count beside them
+  float* slot_scores;   // [runs, groups, kept_slots]
+  uint32_t* slot_rows;  // [runs, groups, kept_slots], in the run
+  float* errors;        // [runs, groups]
+  uint32_t* flags;      // [runs, groups]
+  uint16_t* codes;      // [rows, groups]
 };
 
 // Fills codes and what each run adds up to.

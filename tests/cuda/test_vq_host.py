@@ -1,7 +1,6 @@
 """csrc/cuda/vq*.cu run on the host, under sanitizers: bit for bit what vq.h and docs/vq.md say.
 
-Codes, counts, candidates and their scores are those of backend `cpu`. Sums and errors are added up in an order of
-the CUDA backend's own, which is written down here once more.
+Codes, counts, candidates and their scores are those of backend `cpu`; the order of sums is in vq_order.py.
 """
 
 from pathlib import Path
@@ -13,12 +12,11 @@ from torch import Tensor
 from lct_fast import ops
 from lct_fast.reference import vq as reference
 from tests.cuda.host_build import CSRC, HERE, build, check
+from tests.cuda.vq_order import check_order, in_order, lanes_summed
 from tests.ladder import assert_same_bits
 from tests.ops.vq_case import DTYPES, Case, make
 
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-CHUNK, RUN, BLOCK = 4096, 512, 32
-
 # (rows, groups, codewords, depth, slots): why.
 SHAPES = {
     (1, 1, 2, 1, 1): "the smallest",
@@ -29,12 +27,12 @@ SHAPES = {
     (540, 1, 300, 3, 512): "columns that are no vector; a slot for every row of a run",
     (33, 2, 9, 7, 0): "one row past a warp, no candidates, one column short",
     (70, 1, 257, 12, 2): "words that pass through shared memory in two tiles; codes of nine bits",
-    (40, 1, 4096, 3, 1): "more words than shared memory holds sums of",
+    (40, 1, 2600, 3, 1): "more words than shared memory holds sums of",
     (130, 2, 65, 17, 5): "deep vectors that are no whole slices; a second tile of rows and of words",
     (600, 1, 70, 32, 16): "deep vectors in whole slices",
-    (20, 1, 300, 136, 1): "deep vectors whose sums shared memory does not hold",
+    (20, 1, 80, 136, 1): "deep vectors whose sums shared memory does not hold",
     (2 * 4096 + 700, 1, 13, 4, 600): "three chunks, the last of two runs; slots that few runs have",
-    (4096 + 513, 2, 2, 2, 4096): "codes of one bit; as many slots as there may be",
+    (4096 + 513, 1, 2, 2, 4096): "codes of one bit; as many slots as there may be",
     (2 * 4096, 1, 3, 20, 1): "whole chunks of deep vectors",
 }
 
@@ -67,71 +65,6 @@ def cut(stream: Tensor, *like: Tensor) -> list[Tensor]:
     return found
 
 
-def sum_of_pairs(rows: list[Tensor]) -> Tensor:
-    while len(rows) > 1:
-        rows = [sum(rows[i + 1 : i + 2], rows[i]) for i in range(0, len(rows), 2)]
-    return rows[0]
-
-
-def sums_in_order(case: Case, code: Tensor, good: Tensor) -> Tensor:
-    """Blocks of 32 rows by trees of pairs, runs of blocks, chunks of runs and the total in order."""
-    groups, codewords, depth = case.codebook.shape
-    x = case.x.float().view(-1, groups, depth)
-    total = torch.zeros(groups, codewords, depth)
-    for chunk in range(0, len(x), CHUNK):
-        chunk_sums = torch.zeros_like(total)
-        for start in range(chunk, min(chunk + CHUNK, len(x)), RUN):
-            run_sums = torch.zeros_like(total)
-            for first in range(start, min(start + RUN, len(x)), BLOCK):
-                for group in range(groups):
-                    of_word: dict[int, list[Tensor]] = {}
-                    for row in range(first, min(first + BLOCK, len(x))):
-                        if good[row, group]:
-                            of_word.setdefault(int(code[row, group]), []).append(x[row, group])
-                    for word, rows in of_word.items():
-                        run_sums[group, word] += sum_of_pairs(rows)
-            chunk_sums += run_sums
-        total += chunk_sums
-    return total
-
-
-def lanes_summed(x: Tensor) -> Tensor:
-    """[..., 32] by a tree of halves."""
-    while x.shape[-1] > 1:
-        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
-    return x[..., 0]
-
-
-def in_order(x: Tensor, dim: int) -> Tensor:
-    total = torch.zeros_like(x.select(dim, 0))
-    for part in x.unbind(dim):
-        total = total + part
-    return total
-
-
-def errors_of(case: Case, code: Tensor) -> Tensor:
-    """[N, G]: fused steps from the first column on. Doubles hold a product exactly."""
-    groups, _, depth = case.codebook.shape
-    words = case.codebook[torch.arange(groups), code]
-    difference = (case.x.float().view(words.shape) - words).double()
-    error = torch.zeros(code.shape)
-    for d in range(depth):
-        error = (error.double() + difference[..., d].square()).float()
-    return error
-
-
-def error_in_order(errors: Tensor) -> Tensor:
-    """Threads over their four rows, lanes by trees, warps; then runs and groups of a chunk over lanes; chunks."""
-    groups = errors.shape[1]
-    padded = torch.nn.functional.pad(errors, (0, 0, 0, -len(errors) % CHUNK))
-    by_thread = in_order(padded.view(-1, 4, 4, 32, groups), 2)
-    runs = in_order(lanes_summed(by_thread.transpose(2, 3)), 1)
-    of_chunk = runs.view(len(padded) // CHUNK, -1)
-    of_chunk = torch.nn.functional.pad(of_chunk, (0, -of_chunk.shape[1] % BLOCK))
-    chunks = lanes_summed(in_order(of_chunk.view(len(of_chunk), -1, BLOCK), 1))
-    return in_order(chunks, 0)
-
-
 def encode(program: Path, case: Case, offset: int = 0) -> ops.VQEncoding:
     with ops.use_backend("cpu"):
         expected = case.run()
@@ -147,13 +80,7 @@ def compare(program: Path, case: Case, offset: int = 0) -> None:
     for name in ("codes", "counts", "candidates", "candidate_scores"):
         assert_same_bits(name, getattr(got, name), getattr(expected, name))
     assert int(got.flag) == int(expected.flag)
-    code = case.numbers(expected.codes)
-    errors = errors_of(case, code)
-    good = errors.isfinite()
-    assert int(got.flag) == int(not good.all())
-    assert_same_bits("sums", got.sums, sums_in_order(case, code, good))
-    error = error_in_order(torch.where(good, errors, 0))
-    assert_same_bits("squared_error", got.squared_error, error)
+    check_order(case, got)
     torch.testing.assert_close(got.sums, expected.sums, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(got.squared_error, expected.squared_error)
 
@@ -186,6 +113,19 @@ def test_values_that_are_not_finite(program: Path, depth: int) -> None:
     compare(program, Case(x, torch.full_like(codebook, torch.nan), 3))
 
 
+def test_values_that_are_not_finite_in_an_earlier_chunk(program: Path) -> None:
+    case = make(4096 + 30, 1, 3, 4)
+    case.x[5, 1] = torch.nan
+    compare(program, case)
+
+
+@pytest.mark.parametrize("depth", [2, 4, 7, 16, 20])
+def test_scores_are_rounded_as_on_the_cpu(program: Path, depth: int) -> None:
+    """Rows and words close together and far from zero: which word is chosen is a matter of rounding."""
+    case = make(600, 1, 70, depth)
+    compare(program, Case(case.x * 0.01 + 1000, case.codebook * 0.01 + 1000, 1))
+
+
 @pytest.mark.parametrize("codewords", [2, 5, 70, 300])
 @pytest.mark.parametrize("depth", [2, 3, 8, 16, 20])
 def test_ties_go_to_the_lowest_index(program: Path, depth: int, codewords: int) -> None:
@@ -198,6 +138,29 @@ def test_ties_go_to_the_lowest_index(program: Path, depth: int, codewords: int) 
     assert torch.equal(Case(codebook[0, row], codebook).numbers(got.codes)[:, 0], row)
     assert not got.counts[0, half:].any() and got.squared_error == 0
     assert bool(got.candidates.isnan().all()) and not got.candidate_scores.any()
+
+
+def candidates_of(program: Path, x: Tensor) -> float:
+    codebook = torch.tensor([[[0.0], [1e6]]])
+    return float(encode(program, Case(x[:, None], codebook, 1)).candidates)
+
+
+def test_equal_scores_go_to_the_lowest_row(program: Path) -> None:
+    """In one run: two errors whose ratio is that of the numbers they are divided by."""
+    values = torch.linspace(1, 1.9, 4000)
+    place = torch.arange(40)
+    scores = reference.candidate_scores(values.square().expand(40, -1).T, place).T.flatten()
+    ordered, index = scores.sort(stable=True)
+    other_row = index[1:] // 4000 != index[:-1] // 4000
+    at = int(((ordered[1:] == ordered[:-1]) & other_row).nonzero()[0])
+    (a, i), (b, j) = sorted(divmod(int(k), 4000) for k in index[at : at + 2])
+    x = torch.zeros(40)
+    x[a], x[b] = values[i], -values[j]
+    assert candidates_of(program, x) == float(values[i])
+    # The same from chunk to chunk, and from run to run by way of them.
+    x = torch.zeros(3 * 4096)
+    x[4096 + 600], x[2 * 4096 + 600] = -1.5, 1.5
+    assert candidates_of(program, x) == -1.5
 
 
 @pytest.mark.parametrize("depth", [1, 8, 33])
