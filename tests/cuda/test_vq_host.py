@@ -32,7 +32,7 @@ SHAPES = {
     (600, 1, 70, 32, 16): "deep vectors in whole slices",
     (20, 1, 80, 136, 1): "deep vectors whose sums shared memory does not hold",
     (2 * 4096 + 700, 1, 13, 4, 600): "three chunks, the last of two runs; slots that few runs have",
-    (4096 + 513, 1, 2, 2, 4096): "codes of one bit; as many slots as there may be",
+    (4096 + 513, 2, 2, 2, 4096): "codes of one bit; as many slots as there may be",
     (2 * 4096, 1, 3, 20, 1): "whole chunks of deep vectors",
 }
 
