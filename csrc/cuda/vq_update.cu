@@ -58,7 +58,8 @@ __device__ float sum_of(float mine, float* scratch) {
   return sum;
 }
 
-// list = the numbers of the group's finite candidates, in order; returns how many there are.
+// list = the numbers of the group's finite candidates, in order, for threads that have met since; returns how
+// many there are.
 __device__ int list_finite(const Work& args, int64_t group, int* list, int* is_finite, int* scratch) {
   const int slots = static_cast<int>(args.slots), warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   for (int slot = warp; slot < slots; slot += kWarps) {
@@ -78,7 +79,6 @@ __device__ int list_finite(const Work& args, int64_t group, int* list, int* is_f
     if (good) list[count + rank] = slot;
     count += all;
   }
-  __syncthreads();
   return count;
 }
 

@@ -37,13 +37,15 @@ void fail(const char* format, Arguments... args) {
   ++failures;
 }
 
-// Memory of exactly this size, `skip` bytes past malloc's alignment, all bits set.
+// Memory of exactly this size, `skip` bytes past malloc's alignment, all of them `poison`: NaN or, for what kernels
+// compare, larger than any score.
+constexpr int kNan = 0xff, kLarge = 0x7f;
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes, int64_t skip = 0)
+  explicit Buffer(int64_t bytes, int64_t skip = 0, int poison = kNan)
       : bytes_(bytes), memory_(static_cast<char*>(std::malloc(skip + bytes))) {
     data_ = memory_.get() + skip;
-    std::memset(memory_.get(), 0xff, skip + bytes);
+    std::memset(memory_.get(), poison, skip + bytes);
   }
   template <typename T>
   T* as() const {
@@ -88,7 +90,7 @@ std::string encode(const Case& c, const std::string& in, int64_t workspace_bytes
   const Buffer x(c.x(), c.offset == 1 ? c.element() : 0), codebook(c.words(), c.offset == 2 ? 4 : 0);
   const Buffer codes(c.codes(), c.offset == 3), counts(c.groups * c.codewords * 8), sums(c.words());
   const Buffer squared_error(4), candidates(c.groups * c.slots * c.depth * 4), scores(c.groups * c.slots * 4);
-  const Buffer flag(1), workspace(workspace_bytes);
+  const Buffer flag(1), workspace(workspace_bytes, 0, kLarge);
   size_t start = 0;
   x.fill(in, start);
   codebook.fill(in, start);
