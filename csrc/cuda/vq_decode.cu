@@ -1,5 +1,7 @@
 // vq's decoder: bits to words. A thread makes 16 bytes of x, or one value where those would not be aligned, so
 // that stores are contiguous whatever the depth; words come from the cache.
+#include <cstring>
+
 #include "cuda/vq_work.h"
 
 namespace lct {
