@@ -433,16 +433,88 @@ def _native_update(
     )
 
 
+def _where(x: Tensor) -> tuple[int, int]:
+    """Device and stream."""
+    index = x.get_device()
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def _cuda_encode(x: Tensor, codebook: Tensor, candidates: int) -> Encoded:
+    native: Any = _native.load()
+    out = _empty_encoding(x, codebook, candidates)
+    sizes = (x.shape[0], *codebook.shape, candidates)
+    workspace = x.new_empty(native.vq_encode_cuda_workspace(*sizes), dtype=torch.uint8)
+    native.vq_encode_cuda(
+        x.data_ptr(),
+        codebook.data_ptr(),
+        *(each.data_ptr() for each in out),
+        workspace.data_ptr(),
+        workspace.numel(),
+        *sizes,
+        _NATIVE_DTYPE[x.dtype],
+        *_where(x),
+    )
+    return out
+
+
+def _cuda_decode(codes: Tensor, codebook: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    native: Any = _native.load()
+    out = x, flag = _empty_decoded(codebook, rows, dtype)
+    native.vq_decode_cuda(
+        codes.data_ptr(),
+        codebook.data_ptr(),
+        x.data_ptr(),
+        flag.data_ptr(),
+        rows,
+        *codebook.shape,
+        _NATIVE_DTYPE[dtype],
+        *_where(codes),
+    )
+    return out
+
+
+def _cuda_update(
+    codebook: Tensor,
+    state_counts: Tensor,
+    state_sums: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    candidates: Tensor,
+    decay: float,
+    eps: float,
+    revive_below: float,
+) -> None:
+    native: Any = _native.load()
+    size = native.vq_update_cuda_workspace(*codebook.shape[:2])
+    workspace = codebook.new_empty(size, dtype=torch.uint8)
+    native.vq_update_cuda(
+        codebook.data_ptr(),
+        state_counts.data_ptr(),
+        state_sums.data_ptr(),
+        counts.data_ptr(),
+        sums.data_ptr(),
+        candidates.data_ptr(),
+        workspace.data_ptr(),
+        *codebook.shape,
+        candidates.shape[1],
+        decay,
+        eps,
+        revive_below,
+        *_where(codebook),
+    )
+
+
 _KERNEL_DTYPES = frozenset(_NATIVE_DTYPE)
 _WORDS = frozenset({torch.float32})
 # A backend on a device is one entry more in each of the three tables, and its name here.
-_PREFERENCE = {"cpu": ("cpu",)}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda",)}
 
 _ENCODE = Op(
     "vq_encode",
     {
         "reference": Backend(reference.vq_encode, available.always),
         "cpu": Backend(_native_encode, available.cpu, _KERNEL_DTYPES),
+        "cuda": Backend(_cuda_encode, available.cuda, _KERNEL_DTYPES),
     },
     _PREFERENCE,
 )
@@ -451,6 +523,7 @@ _DECODE = Op(
     {
         "reference": Backend(reference.vq_decode, available.always),
         "cpu": Backend(_native_decode, available.cpu, _WORDS),
+        "cuda": Backend(_cuda_decode, available.cuda, _WORDS),
     },
     _PREFERENCE,
 )
@@ -459,6 +532,7 @@ _UPDATE = Op(
     {
         "reference": Backend(reference.vq_update, available.always),
         "cpu": Backend(_native_update, available.cpu, _WORDS),
+        "cuda": Backend(_cuda_update, available.cuda, _WORDS),
     },
     _PREFERENCE,
 )

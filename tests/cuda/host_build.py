@@ -20,13 +20,12 @@ _FLAGS = [
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def build(folder: Path, driver: Path, kernels: Path | None = None) -> Path:
+def build(folder: Path, driver: Path, *kernels: Path) -> Path:
     """The program that runs `driver`, with `kernels` compiled as plain C++."""
     cxx = os.environ.get("CXX", "g++")
     # Kernels have many instances and little to do: quick to compile matters more than quick to run.
     units = [(driver, ["-O1", *_SANITIZE]), (HERE / "host_cuda.cpp", ["-O2", "-fsanitize=address"])]
-    if kernels is not None:
-        units.insert(0, (kernels, ["-O0", *_SANITIZE]))
+    units = [*((each, ["-O0", *_SANITIZE]) for each in kernels), *units]
     running, objects = [], []
     for source, flags in units:
         objects.append(str(folder / f"{source.stem}-{len(objects)}.o"))

@@ -25,6 +25,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define LCT_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(host_cuda::dynamic_shared)
@@ -194,6 +195,44 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return host_cuda::shuffle(mask, value, threadIdx.x % host_cuda::kWarpSize ^ static_cast<unsigned>(bits), 4);
 }
 
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const uint64_t* all = host_cuda::exchange(mask, predicate != 0, 5);
+  unsigned ballot = 0;
+  for (unsigned i = 0; i < host_cuda::kWarpSize; ++i) {
+    if (mask >> i & 1 && all[i]) ballot |= 1u << i;
+  }
+  return ballot;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+// The lanes of `mask` that give the same value.
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  const auto mine = static_cast<uint64_t>(static_cast<unsigned>(value));
+  const uint64_t* all = host_cuda::exchange(mask, mine, 6);
+  unsigned peers = 0;
+  for (unsigned i = 0; i < host_cuda::kWarpSize; ++i) {
+    if (mask >> i & 1 && all[i] == mine) peers |= 1u << i;
+  }
+  return peers;
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
+// No thread runs between a fiber's reading and its writing.
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at = std::max(before, value);
+  return before;
+}
+inline unsigned atomicMin(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at = std::min(before, value);
+  return before;
+}
+
 inline cudaError_t cudaGetDevice(int* device) {
   if (host_cuda::fails()) return cudaErrorUnknown;
   *device = host_cuda::device;
@@ -204,6 +243,13 @@ inline cudaError_t cudaSetDevice(int device) {
   if (host_cuda::fails()) return cudaErrorUnknown;
   if (device < 0 || device >= host_cuda::device_count) return cudaErrorInvalidDevice;
   host_cuda::device = device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t count, cudaStream_t stream) {
+  if (host_cuda::fails()) return cudaErrorUnknown;
+  host_cuda::last_stream = stream;
+  std::memset(to, value, count);
   return cudaSuccess;
 }
 

@@ -36,6 +36,20 @@ __global__ void warp_sums(float* out) {
   if (lane == 31) out[threadIdx.x / 32] = first == both ? both : -1.0f;
 }
 
+// What a warp's lanes vote for, and which share a number; the largest and smallest that any thread brings.
+__global__ void votes(unsigned* out) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const unsigned low = __ballot_sync(0xffffffffu, lane < 5), peers = __match_any_sync(0xffffffffu, lane % 3);
+  const int any = __any_sync(0xffffffffu, lane == 31), all = __all_sync(0xffffffffu, lane < 31);
+  if (thread == 4) {
+    out[0] = low;
+    out[1] = peers;
+    out[2] = static_cast<unsigned>(any * 2 + all + __popc(low) * 16 + __ffs(8) * 256);
+  }
+  atomicMax(out + 3, static_cast<unsigned>(thread * 7 % 50));
+  atomicMin(out + 4, static_cast<unsigned>(50 - thread * 7 % 50));
+}
+
 __global__ void past_the_end(float* out) {
   LCT_DYNAMIC_SHARED(float, shared);
   shared[threadIdx.x + 1] = 1.0f;
@@ -73,6 +87,10 @@ int main(int count, char** words) {
   } else if (what == "warp") {
     error = lct::launch(warp_sums, 1, kThreads, 0, nullptr, static_cast<float*>(out));
     std::printf("%g %g\n", out[0], out[1]);
+  } else if (what == "votes") {
+    unsigned found[5] = {0, 0, 0, 0, 1000};
+    error = lct::launch(votes, 1, kThreads, 0, nullptr, static_cast<unsigned*>(found));
+    for (const unsigned x : found) std::printf("%u\n", x);
   } else if (what == "past_the_end") {
     error =
         lct::launch(past_the_end, 1, kThreads, kThreads * sizeof(float), nullptr, static_cast<float*>(out));

@@ -21,6 +21,13 @@ def test_threads_and_warps(program: Path) -> None:
     assert run(program, "warp").stdout.split() == [str(sum(range(32))), str(sum(range(32, 64)))]
 
 
+def test_votes_and_atomics(program: Path) -> None:
+    peers = sum(1 << lane for lane in range(1, 32, 3))
+    largest = max(thread * 7 % 50 for thread in range(64))
+    found = [int(x) for x in run(program, "votes").stdout.split()]
+    assert found == [0b11111, peers, 2 + 5 * 16 + 4 * 256, largest, 50 - largest]
+
+
 def test_missing_barrier_gives_varying_results(program: Path) -> None:
     assert len(set(run(program, "race").stdout.splitlines())) > 1
 

@@ -12,10 +12,21 @@ CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 
 # Registers a thread, by file and kernel, that still let as many threads stay on a multiprocessor as the kernel
-# was written for: 65536 registers / (256 threads * 2 blocks) = 128; for fold_kernel 2048 threads.
+# was written for: 65536 registers / (256 threads * 2 blocks) = 128; for fold_kernel 2048 threads. Those of vq's
+# search: 128 threads and, by the width that stays in registers, 9, 6, 5 and 3 blocks; deep_kernel 3.
 REGISTERS = {
     "block_quantize": {"15quantize_kernel": 32, "dequantize_kernel": 32},
     "critic_head": {"head_kernel": 128, "wgrad_kernel": 128, "fold_kernel": 32},
+    "vq": {"fold_kernel": 48},
+    "vq_decode": {"decode_kernel": 32},
+    "vq_deep": {"deep_kernel": 168, "half_norm_kernel": 32},
+    "vq_search": {
+        "search_kernelILi2E": 56,
+        "search_kernelILi4E": 80,
+        "search_kernelILi8E": 96,
+        "search_kernelILi16E": 168,
+    },
+    "vq_update": {"count_kernel": 32, "move_kernel": 32},
 }
 # Kernels take shared memory dynamically, where the launcher checks it.
 STATIC_SHARED_BYTES = 0
@@ -95,11 +106,13 @@ def ptx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_instructions(ptx: tuple[str, str]) -> None:
-    _, code = ptx
+    source, code = ptx
     assert ".entry" in code
     assert not re.search(r"\.f64|\.tf32", code)
-    # Float atomics would make sums depend on the order of arrival.
-    assert not re.search(r"\b(atom|red)\.", code)
+    # Float atomics would make sums depend on the order of arrival; a maximum of whole numbers does not.
+    atomics = re.findall(r"\b(?:atom|red)\.[\w.:]+", code)
+    assert all(re.search(r"\.shared\.(max|min)\.u32$", each) for each in atomics), atomics
+    assert not atomics or source in ("vq_search", "vq_deep")
     # What -use_fast_math would leave: division and roots that are not rounded, denormals flushed.
     assert not re.search(r"\bdiv\.(approx|full)|sqrt\.approx|\.(add|mul|fma)(\.\w+)*\.ftz", code)
 
@@ -140,3 +153,29 @@ def test_block_quantize_moves_16_bytes(ptx: tuple[str, str]) -> None:
         # A fused product and sum would round once instead of twice. Divisions are rounded: see above.
         for body in (there, back):
             assert not re.search(r"\bfma\.", body)
+
+
+def test_vq_moves_vectors(ptx: tuple[str, str]) -> None:
+    source, code = ptx
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)^}", code, re.DOTALL | re.MULTILINE))
+    halves = r"ld\.global(\.nc)?\.v(4\.[fub]32|8\.[ub]16|2\.[ub]64)"
+    if source == "vq_search":
+        for width in (4, 8, 16):
+            # Lb1: kExact.
+            (body,) = [body for name, body in bodies.items() if f"search_kernelILi{width}ELb1E" in name]
+            # Four rows of x and their words, and a word for shared memory.
+            assert len(re.findall(r"ld\.global(\.nc)?\.v4\.f32", body)) >= 9 * width // 4
+            assert len(re.findall(r"ld\.shared\.v4\.f32", body)) >= width + 1
+            assert len(re.findall(r"fma\.rn\.f32", body)) >= 4 * 4 * width
+            assert width == 4 or len(re.findall(halves, body)) >= width // 2
+            # An index for each score, chosen without a branch.
+            assert len(re.findall(r"selp\.", body)) >= 16
+    if source == "vq_deep":
+        (body,) = [body for name, body in bodies.items() if "deep_kernelILb1E" in name]
+        assert re.search(halves, body) and re.search(r"ld\.global(\.nc)?\.v4\.f32", body)
+        assert len(re.findall(r"ld\.shared\.v4\.f32", body)) >= 4
+    if source == "vq_decode":
+        for dtype in ("f", "6__half", "13__nv_bfloat16"):
+            (body,) = [body for name, body in bodies.items() if f"decode_kernelI{dtype}Lb1" in name]
+            assert re.search(r"st\.global(\.wb)?\.v4\.[ub]32", body), dtype
+            assert re.search(r"ld\.global(\.nc)?\.v4\.[fu]32", body), dtype

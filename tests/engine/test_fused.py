@@ -255,6 +255,7 @@ class Dense(nn.Module):
         self.linear = nn.Linear(inputs, 5)
         self.norm = nn.Identity()
         self.act = nn.GELU()
+        self.tanh = nn.GELU("tanh")
         self.end = end
 
     def forward(self, x: Tensor) -> Tensor:
@@ -268,6 +269,7 @@ DENSE_ENDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "GELU": lambda m, x: m.act(x),
 }
 OTHER_DENSE_ENDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "tanh's GELU": lambda m, x: m.tanh(x),
     "tanh's gelu": lambda m, x: F.gelu(x, approximate="tanh"),
     "another activation": lambda m, x: F.silu(x),
     "used beside": lambda m, x: (x * 2, F.relu(x))[1],
@@ -295,6 +297,14 @@ def test_other_linear_ends_are_left() -> None:
     for name, end in OTHER_DENSE_ENDS.items():
         assert _dense(end)[0].fused is None, name
     assert _dense(DENSE_ENDS["relu"], classes=64)[0].fused is None
+    model = nn.Sequential(nn.Linear(3, 5), nn.Flatten(), nn.Linear(10, 3))
+    x = torch.zeros(4, 2, 3)
+    (several, _) = lct.split(model, example_input=x, critic="linear", split_points=["2"])
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4), nn.Flatten(), nn.Linear(8, 3))
+    (rows, *_) = lct.split(model, example_input=x, critic="linear", split_points=["1"])
+    assert several.fused is None and rows.fused is None, (
+        "the critic reads more than a row of the layer's output"
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert _dense(DENSE_ENDS["relu"])[0].fused is None
 
@@ -318,7 +328,10 @@ def test_linear_ends_train_as_without(end: str, method: type[lct.Method]) -> Non
             if not shared:
                 group.fused.bypassed[0].register_forward_hook(lambda *_: None)
                 assert group.fused is None
-        trainer = lct.Trainer(groups, method(), feedback_delay=1, ignore_index=-1)
+        # Adam would hide a factor in a critic's gradient.
+        critics_sgd = {"critic_optimizer": lambda p: torch.optim.SGD(p, 0.1)}
+        options = critics_sgd if method is lct.LocalCritic else {}
+        trainer = lct.Trainer(groups, method(**options), feedback_delay=1, ignore_index=-1)
         losses.append(torch.stack([trainer.step(x, y).losses for x, y in batches]))
         trainer.flush()
         states.append(nets.state(trainer))

@@ -10,6 +10,7 @@ import torch
 
 from lct_fast import _native, ops
 from lct_fast.reference import vq as reference
+from tests.cuda.vq_order import check_order
 from tests.ladder import Place, assert_same_bits
 from tests.ops.vq_case import DTYPES, SHAPES, assert_equal_encodings, check, everywhere, make
 
@@ -287,6 +288,22 @@ def test_cpu_gives_the_same_bits_for_every_instruction_set(
             assert_equal_encodings(first_wild, wild.run(), level)
             again = ops.vq_decode(first.codes, case.codebook, shape[0], DTYPES[dtype])
             assert_same_bits("decoded", decoded, again)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*BITS, (2100, 3, 255, 2), (2100, 2, 70, 16), (900, 1, 300, 20)], ids=str)
+def test_cuda_gives_the_bits_of_cpu(shape: tuple[int, int, int, int], dtype: str) -> None:
+    """All but the order of sums, which is the backend's own."""
+    case = make(*shape, DTYPES[dtype])
+    with ops.use_backend("cpu"):
+        expected = case.run()
+    with ops.use_backend("cuda"):
+        moved = make(*shape, DTYPES[dtype], "cuda").run()
+    got = ops.VQEncoding(*(each.cpu() for each in moved))
+    for name in ("codes", "counts", "candidates", "candidate_scores"):
+        assert_same_bits(name, getattr(got, name), getattr(expected, name))
+    check_order(case, got)
 
 
 def rounded(x: Fraction) -> Fraction:

@@ -22,9 +22,11 @@
 //              score, ties to the lowest n, and that score; no score above 0: NaN, and score 0. The score is the
 //              squared error over an odd number below 2^24, hashed from the error's bits and n mod 4096: the
 //              largest then belongs to a row with probability proportional to its error.
-// Determinism  the same bits for every thread count and instruction set. Chunks are rows [4096 i, 4096 i + 4096);
-//              a chunk's sums are folded from runs of 512 rows in order, and chunks are folded in order, each
-//              from zero: folding the results of single chunks likewise gives the bits of the whole.
+// Determinism  the same bits for every thread count, instruction set, grid and size of workspace. Chunks are rows
+//              [4096 i, 4096 i + 4096); a chunk's sums are folded from runs of 512 rows in order, and chunks are
+//              folded in order, each from zero: folding the results of single chunks likewise gives the bits of
+//              the whole. Within a run the order is the backend's. Codes, counts, candidates and their scores
+//              have the same bits on cpu and cuda.
 // Empty input  rows >= 1 in encode and decode; the caller answers for none.
 // Memory       nothing is allocated; `workspace` holds what *_workspace returns, in bytes (may be 0).
 #pragma once
@@ -33,6 +35,10 @@
 #include <cstdint>
 
 #include "lct/types.h"
+
+#ifdef LCT_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 namespace lct {
 
@@ -86,5 +92,18 @@ size_t vq_decode_cpu_workspace(int64_t rows, int64_t groups, int64_t codewords, 
 void vq_decode_cpu(const VqDecode& args, int threads);
 
 void vq_update_cpu(const VqUpdate& args, int threads);
+
+#ifdef LCT_WITH_CUDA
+// Bytes that serve the encoder well: at most 64 MiB and half norms, unless 4096 rows need more. Any number of bytes
+// from what 4096 rows need on gives the same bits; with less it returns cudaErrorInvalidValue.
+size_t vq_encode_cuda_workspace(int64_t rows, int64_t groups, int64_t codewords, int64_t depth, int64_t slots);
+cudaError_t vq_encode_cuda(const VqEncode& args, size_t workspace_bytes, int device, cudaStream_t stream);
+
+// Takes no workspace.
+cudaError_t vq_decode_cuda(const VqDecode& args, int device, cudaStream_t stream);
+
+size_t vq_update_cuda_workspace(int64_t groups, int64_t codewords);
+cudaError_t vq_update_cuda(const VqUpdate& args, void* workspace, int device, cudaStream_t stream);
+#endif
 
 }  // namespace lct
