@@ -77,8 +77,14 @@ FORWARD = {
     9: {2: _DEEP, 4: _FP32},
     10: {2: _DEEP, 4: _FP32},
 }
-# Elementwise but for a dot over the classes; by bytes an element. The third number is unused.
-BACKWARD = {2: Tile(64, 64, 0, 4, 3), 4: Tile(32, 64, 0, 8, 3)}
+# Rows that do not start on 16 bytes are loaded in small pieces, and their addresses fill the registers: smaller tiles
+# where inputs or outputs are no multiple of 16.
+UNEVEN = {2: Tile(64, 64, 32, 8, 3), 4: Tile(32, 32, 16, 4, 3)}
+# The backward is elementwise but for a dot over the classes; even outputs, then uneven. Inputs are unused.
+BACKWARD = {
+    2: (Tile(64, 64, 0, 4, 3), Tile(32, 64, 0, 8, 3)),
+    4: (Tile(32, 64, 0, 8, 3), Tile(16, 64, 0, 8, 3)),
+}
 # [shares, elements] of one step of the fold, and its warps.
 FOLD = (32, 64, 4)
 
@@ -150,7 +156,8 @@ def _forward_kernel(
         if HAS_BIAS:
             pre += tl.load(bias + begin + lane, mask=in_outputs, other=0.0).to(tl.float32)[None, :]
 
-        here = first * outputs + begin + row[:, None] * outputs + lane[None, :]
+        corner = first * outputs + begin
+        here = row[:, None] * outputs + lane[None, :]
         mask = live[:, None] & in_outputs[None, :]
         value = pre
         if ACTIVATION == 1:
@@ -159,9 +166,9 @@ def _forward_kernel(
         if ACTIVATION == 2:
             value, derivative = _gelu(pre)
             if KEEP:
-                tl.store(slope + here, derivative.to(slope.dtype.element_ty), mask=mask)
+                tl.store(slope + corner + here, derivative.to(slope.dtype.element_ty), mask=mask)
         rounded = value.to(h.dtype.element_ty)
-        tl.store(h + here, rounded, mask=mask)
+        tl.store(h + corner + here, rounded, mask=mask)
         if CRITIC:
             c = tl.load(
                 critic_weight + begin + label[:, None] * outputs + lane[None, :],
@@ -218,7 +225,8 @@ def _backward_kernel(
     for block in range(blocks):
         first = (chunk * blocks + block) * BLOCK_ROWS
         live = row < rows - first
-        here = first * outputs + row[:, None] * outputs + column[None, :]
+        corner = first * outputs
+        here = row[:, None] * outputs + column[None, :]
         mask = live[:, None] & in_outputs[None, :]
         g = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
         if CRITIC:
@@ -229,13 +237,13 @@ def _backward_kernel(
             )
             g = tl.dot(delta.to(DOT), c.to(DOT), g, input_precision="ieee")
         if HAS_DH:
-            g += tl.load(dh + here, mask=mask, other=0.0).to(tl.float32)
+            g += tl.load(dh + corner + here, mask=mask, other=0.0).to(tl.float32)
         if ACTIVATION == 1:
             # NaN passes the gradient on, as in torch's relu.
-            g = tl.where(tl.load(gate + here, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, g)
+            g = tl.where(tl.load(gate + corner + here, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, g)
         if ACTIVATION == 2:
-            g *= tl.load(gate + here, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dpre + here, g.to(dpre.dtype.element_ty), mask=mask)
+            g *= tl.load(gate + corner + here, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dpre + corner + here, g.to(dpre.dtype.element_ty), mask=mask)
         total += tl.sum(g, 0)
     tl.store(shares + chunk * outputs + column, total, mask=in_outputs)
 
@@ -283,12 +291,22 @@ def why_not(x: Tensor, weight: Tensor, classes: int = 0) -> str:
     return ""
 
 
-def forward_tile(rows: int, outputs: int, heavy: bool, element_size: int, capability: int) -> Tile:
+def forward_tile(
+    rows: int, inputs: int, outputs: int, heavy: bool, element_size: int, capability: int
+) -> Tile:
     """Tile of the forward launch on a device of this major compute capability; heavy: with gelu or logits."""
+    if inputs % 16 or outputs % 16:
+        return UNEVEN[element_size]
     tiles = FORWARD.get(capability, FORWARD[8])[element_size]
     large = tiles.heavy if heavy else tiles.light
     programs = triton.cdiv(rows, large.rows) * triton.cdiv(outputs, large.outputs)
     return large if programs >= PROGRAMS else tiles.small
+
+
+def backward_tile(outputs: int, element_size: int) -> Tile:
+    """Tile of the backward launch."""
+    even, uneven = BACKWARD[element_size]
+    return uneven if outputs % 16 else even
 
 
 def class_block(classes: int) -> int:
@@ -367,7 +385,7 @@ def group_linear(
     outputs = weight.shape[0]
     capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 8
     heavy = logits is not None or activation == "gelu"
-    tile = forward_tile(rows, outputs, heavy, x.element_size(), capability)
+    tile = forward_tile(rows, inputs, outputs, heavy, x.element_size(), capability)
     row_blocks, tiles = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
     # Without logits, which want long runs, a run is one tile.
     run_tiles = 1 if logits is None else triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, row_blocks)))
@@ -438,7 +456,7 @@ def group_linear_backward(
     if reason:
         raise ValueError(f"{reason}; choose another backend")
     rows, outputs = dpre.shape
-    tile = BACKWARD[dpre.element_size()]
+    tile = backward_tile(outputs, dpre.element_size())
     row_blocks, tiles = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
     blocks = max(1, triton.cdiv(row_blocks * tiles, BACKWARD_PROGRAMS))
     chunks = triton.cdiv(row_blocks, blocks)

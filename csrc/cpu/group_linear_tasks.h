@@ -2,15 +2,14 @@
 // share. What decides a sum (kDepth, kColumns, chunks) depends on the shape alone, never on the instruction set or
 // the number of threads; how rows and columns are shared out among tasks may depend on both.
 //
-//   block    [depths][block_rows + spare][kStride]    rows of x or dlogits, widened, in runs of kDepth columns
+//   block    [depths][block_rows + spare][kStride]    rows of x or dlogits, widened, in runs of kDepth words
 //   tile     [block_rows + spare][kStride]            their products with kColumns outputs, then h
 //   weight   [output panels][words][16]               zeros beyond the last output
 //   critic   [class panels][outputs][16]; backward: [output panels][classes][16]
-//
-// With `pairs` (bf16 where the processor has dot products of it) a word of block and weight is not the float of one
-// input but two inputs in bf16, and `words`, the length of a row, is half of inputs.
-//
 //   partial  [column blocks][rows][class lanes]       each column block's share of the logits
+//
+// A word of x and weight is one input as a float. With `pairs` (bf16 x, where the processor has dot products of it) it
+// is two inputs in bf16, and a row has half as many.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +20,7 @@
 namespace lct {
 
 constexpr int64_t kPanel = 16;
-// Inputs that are summed in registers before they are added to what stands in memory.
+// Words that are summed in registers before they are added to what stands in memory.
 constexpr int64_t kDepth = 256;
 // Outputs of one tile.
 constexpr int64_t kColumns = 256;

@@ -154,6 +154,36 @@ def _check_fused(critic_weight: Tensor | None) -> None:
         )
 
 
+def _check_backward(
+    dh: Tensor | None,
+    dlogits: Tensor | None,
+    critic_weight: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+) -> None:
+    like, outputs = _gradient(dh, dlogits, critic_weight)
+    rows = like.shape[0]
+    if activation not in _NATIVE_ACTIVATION:
+        raise ValueError(f"activation must be 'none', 'relu' or 'gelu', got '{activation}'")
+    if activation != "none" and (gate is None or gate.shape != (rows, outputs)):
+        got = "none" if gate is None else _shape(gate)
+        raise ValueError(
+            f"gate must be [{rows}, {outputs}], relu's h or gelu's slope, got {got}; run the forward with keep=True"
+        )
+    if dlogits is not None:
+        classes = dlogits.shape[1]
+        if dlogits.shape[0] != rows or critic_weight is None or critic_weight.shape != (classes, outputs):
+            got = "none" if critic_weight is None else _shape(critic_weight)
+            raise ValueError(
+                f"dlogits must be [{rows}, V] with a critic_weight [V, {outputs}], got {_shape(dlogits)} and {got}; "
+                "pass both as the forward had them"
+            )
+        _check_fused(critic_weight)
+    for name, x in (("dh", dh), ("dlogits", dlogits), ("gate", gate)):
+        if x is not None and x.dtype != like.dtype:
+            raise TypeError(f"{name} must have the gradients' dtype {like.dtype}, got {x.dtype}; cast it")
+
+
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -207,6 +237,7 @@ def _run_backward(
     gate: Tensor | None,
     activation: str,
 ) -> Gradients:
+    _check_backward(dh, dlogits, critic_weight, gate, activation)
     like, _ = _gradient(dh, dlogits, critic_weight)
     run: Callable[..., Gradients] = _BACKWARD.resolve(like.device.type, like.dtype)
     if like.shape[0] == 0:
@@ -236,6 +267,7 @@ def _fake_backward(
     gate: Tensor | None,
     activation: str,
 ) -> Gradients:
+    _check_backward(dh, dlogits, critic_weight, gate, activation)
     return _empty_backward(dh, dlogits, critic_weight)
 
 

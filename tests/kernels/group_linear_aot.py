@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -18,8 +19,8 @@ from triton.compiler import ASTSource
 from lct_fast.kernels import group_linear as kernels
 from tests.kernels.critic_head_aot import TYPES, resources
 
-# As the launcher sees them for usual layers: 16-byte accesses.
-MULTIPLES_OF_16 = ("inputs", "outputs")
+# As the launcher sees them for even layers: 16-byte accesses.
+SIDES = ("inputs", "outputs")
 TENSOR_CORES = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
@@ -31,62 +32,84 @@ def argument_type(name: str, dtype: str, shares: bool) -> str:
     return f"*{dtype}" if name in pointers else "i32"
 
 
-def blocks(tile: kernels.Tile) -> dict[str, int]:
-    return {"BLOCK_ROWS": tile.rows, "BLOCK_OUTPUTS": tile.outputs, "BLOCK_INPUTS": tile.inputs}
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as one entry of the tables launches it; shares: logits are shares, even: sides divide by 16."""
+
+    kernel: str
+    tile: tuple[int, ...]
+    constants: dict[str, Any]
+    shares: bool = False
+    even: bool = True
 
 
-def configurations(
-    capability: int, dtype: str, few: bool
-) -> Iterator[tuple[str, tuple[int, ...], dict[str, Any], bool]]:
-    """Every launch of the tables with gelu, its derivative and every bias, which only add work.
+def forward(
+    tile: kernels.Tile, dtype: str, activation: int, classes: int, shares: bool, even: bool
+) -> Launch:
+    """Every bias there can be, and with gelu (activation 2) its derivative: they only add work."""
+    constants = {
+        "ACTIVATION": activation,
+        "HAS_BIAS": True,
+        "KEEP": activation == 2,
+        "CRITIC": classes > 0,
+        "HAS_CRITIC_BIAS": classes > 0 and not shares,
+        "DOT": TYPES[dtype],
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_OUTPUTS": tile.outputs,
+        "BLOCK_INPUTS": tile.inputs,
+        "BLOCK_CLASSES": max(classes, 16),
+    }
+    return Launch("_forward_kernel", tuple(tile), constants, shares, even)
 
-    Kernel, tile, constants, and whether logits are shares; class blocks of 16, 32 and 64 (few: 64).
-    """
+
+def backward(tile: kernels.Tile, dtype: str, activation: int, classes: int, even: bool) -> Launch:
+    constants = {
+        "ACTIVATION": activation,
+        "HAS_DH": True,
+        "CRITIC": classes > 0,
+        "DOT": TYPES[dtype],
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_OUTPUTS": tile.outputs,
+        "BLOCK_CLASSES": max(classes, 16),
+    }
+    return Launch("_backward_kernel", tuple(tile), constants, False, even)
+
+
+def launches(capability: int, dtype: str, few: bool) -> Iterator[Launch]:
+    """Every launch of the tables, with class blocks of 16, 32 and 64 (few: 64)."""
     size = 4 if dtype == "fp32" else 2
     light, heavy, small = kernels.FORWARD[capability // 10][size]
-    gelu = {"ACTIVATION": 2, "KEEP": True, "HAS_BIAS": True, "DOT": TYPES[dtype]}
-    relu = {**gelu, "ACTIVATION": 1, "KEEP": False}
-    plain = {"CRITIC": False, "HAS_CRITIC_BIAS": False, "BLOCK_CLASSES": 16}
-    yield "_forward_kernel", tuple(light), {**relu, **plain, **blocks(light)}, False
-    for tile in (heavy, small):
-        yield "_forward_kernel", tuple(tile), {**gelu, **plain, **blocks(tile)}, False
+    yield forward(light, dtype, 1, 0, False, even=True)
+    for tile, even in ((heavy, True), (small, True), (kernels.UNEVEN[size], False)):
+        yield forward(tile, dtype, 2, 0, False, even)
         for classes in (64,) if few else (16, 32, 64):
             for shares in (False,) if few else (False, True):
-                logits = {"CRITIC": True, "HAS_CRITIC_BIAS": not shares, "BLOCK_CLASSES": classes}
-                yield "_forward_kernel", tuple(tile), {**gelu, **logits, **blocks(tile)}, shares
-    tile = kernels.BACKWARD[size]
-    sides = {"BLOCK_ROWS": tile.rows, "BLOCK_OUTPUTS": tile.outputs, "DOT": TYPES[dtype], "HAS_DH": True}
-    for activation in (1, 2):
-        for classes in (0, 64):
-            flags = {"ACTIVATION": activation, "CRITIC": classes > 0, "BLOCK_CLASSES": max(classes, 16)}
-            yield "_backward_kernel", tuple(tile), {**flags, **sides}, False
+                yield forward(tile, dtype, 2, classes, shares, even)
+    for tile, even in zip(kernels.BACKWARD[size], (True, False), strict=True):
+        for activation in (1, 2):
+            for classes in (0, 64):
+                yield backward(tile, dtype, activation, classes, even)
     block_shares, block, warps = kernels.FOLD
-    constants = {"BLOCK_SHARES": block_shares, "BLOCK": block}
     for to_logits in (True, False):
-        yield (
-            "_fold_kernel",
-            (block_shares, block, 0, warps, 2),
-            {**constants, "HAS_BIAS": to_logits},
-            to_logits,
-        )
+        constants = {"BLOCK_SHARES": block_shares, "BLOCK": block, "HAS_BIAS": to_logits}
+        yield Launch("_fold_kernel", (block_shares, block, 0, warps, 2), constants, to_logits)
 
 
-def build(
-    name: str, constants: dict[str, Any], dtype: str, capability: int, shares: bool, warps: int, stages: int
-) -> dict[str, Any]:
-    kernel = getattr(kernels, name)
+def build(launch: Launch, dtype: str, capability: int) -> dict[str, Any]:
+    kernel = getattr(kernels, launch.kernel)
     signature = {
-        arg: "constexpr" if arg in constants else argument_type(arg, dtype, shares)
+        arg: "constexpr" if arg in launch.constants else argument_type(arg, dtype, launch.shares)
         for arg in kernel.arg_names
     }
     aligned = [["tt.divisibility", 16]]
     attributes = {
         (index,): aligned
         for index, (arg, kind) in enumerate(signature.items())
-        if kind.startswith("*") or arg in MULTIPLES_OF_16
+        if kind.startswith("*") or (launch.even and arg in SIDES)
     }
+    warps, stages = launch.tile[-2:]
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        ASTSource(kernel, signature, launch.constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
     )
@@ -107,16 +130,16 @@ def build(
 
 def main(capability: int, dtypes: list[str], few: bool) -> None:
     for dtype in dtypes:
-        for name, tile, constants, shares in configurations(capability, dtype, few):
-            warps, stages = tile[-2:]
+        for launch in launches(capability, dtype, few):
             line = {
-                "kernel": name,
-                "tile": tile,
-                "classes": constants["BLOCK_CLASSES"] if constants.get("CRITIC") else 0,
-                "activation": constants.get("ACTIVATION", 0),
+                "kernel": launch.kernel,
+                "tile": launch.tile,
+                "even": launch.even,
+                "classes": launch.constants["BLOCK_CLASSES"] if launch.constants.get("CRITIC") else 0,
+                "activation": launch.constants.get("ACTIVATION", 0),
                 "dtype": dtype,
                 "capability": capability,
-                **build(name, constants, dtype, capability, shares, warps, stages),
+                **build(launch, dtype, capability),
             }
             print(json.dumps(line), flush=True)
 

@@ -18,11 +18,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # (rows, inputs, outputs, classes): why. The interpreted kernels take sm_80's tiles.
 SHAPES = {
-    (1, 1, 1, 1): "the smallest",
-    (130, 33, 130, 10): "two blocks of rows, outputs past two tiles, inputs past one block",
-    (35, 70, 200, 17): "several shares of the logits, the second class block",
-    (66, 16, 65, 63): "the widest class block",
-    (40, 20, 129, 0): "no critic: a run is one tile",
+    (1, 1, 1, 1): "the smallest, uneven",
+    (130, 33, 130, 10): "uneven: three blocks of rows, outputs past two tiles, inputs past one block",
+    (130, 48, 144, 10): "even: two blocks of rows, outputs past two tiles, inputs past one block",
+    (35, 64, 208, 17): "several shares of the logits, the second class block",
+    (66, 16, 80, 63): "the widest class block",
+    (40, 32, 144, 0): "no critic: a run is one tile",
 }
 
 
@@ -47,8 +48,8 @@ def test_the_shapes_meet_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "PROGRAMS", programs)
         for shape in SHAPES:
             heavy = shape[3] > 0 or activation_of(shape, programs) == "gelu"
-            met |= {kernels.forward_tile(shape[0], shape[2], heavy, size, 8) for size in (2, 4)}
-    assert met == {*kernels.FORWARD[8][2], *kernels.FORWARD[8][4]}
+            met |= {kernels.forward_tile(*shape[:3], heavy, size, 8) for size in (2, 4)}
+    assert met == {tile for size in (2, 4) for tile in (*kernels.FORWARD[8][size], kernels.UNEVEN[size])}
 
 
 @pytest.mark.parametrize("programs", PROGRAMS)
@@ -67,17 +68,19 @@ def test_every_generation_has_its_tiles() -> None:
     """A device newer than the tables takes sm_80's, which fit the smallest chips."""
     assert set(kernels.FORWARD) == {8, 9, 10}
     for size in (2, 4):
-        assert kernels.forward_tile(4096, 4096, True, size, 9) == kernels.FORWARD[9][size].heavy
-        assert kernels.forward_tile(4096, 4096, False, size, 10) == kernels.FORWARD[10][size].light
-        assert kernels.forward_tile(64, 256, False, size, 9) == kernels.FORWARD[9][size].small
-        assert kernels.forward_tile(4096, 4096, True, size, 12) == kernels.FORWARD[8][size].heavy
+        assert kernels.forward_tile(4096, 4096, 4096, True, size, 9) == kernels.FORWARD[9][size].heavy
+        assert kernels.forward_tile(4096, 4096, 4096, False, size, 10) == kernels.FORWARD[10][size].light
+        assert kernels.forward_tile(64, 64, 256, False, size, 9) == kernels.FORWARD[9][size].small
+        assert kernels.forward_tile(4096, 4096, 4096, True, size, 12) == kernels.FORWARD[8][size].heavy
+        for inputs, outputs in ((4096, 4095), (784 + 8, 4096)):
+            assert kernels.forward_tile(4096, inputs, outputs, True, size, 9) == kernels.UNEVEN[size]
 
 
 def test_chunks_of_several_blocks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # Real launches have such chunks from 65536 rows on.
     monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
-    for gradients in ("h", "logits", "both"):
-        case = make(32 * 7 + 5, 9, 70, 10, activation="gelu", gradients=gradients, device=DEVICE)
+    for gradients, outputs in (("h", 70), ("logits", 80), ("both", 80)):
+        case = make(32 * 7 + 5, 9, outputs, 10, activation="gelu", gradients=gradients, device=DEVICE)
         check(case, case.run())
 
 

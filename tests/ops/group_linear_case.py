@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,8 @@ class Case:
     def run(self) -> dict[str, Tensor]:
         """Every output and gradient of the op."""
         leaves = self._leaves(None)
-        out = ops.group_linear(
-            *(leaves.get(n) for n in _LEAVES[:3]), self.activation, *(leaves.get(n) for n in _LEAVES[3:])
-        )
+        given = {name: leaves.get(name) for name in ("bias", "critic_weight", "critic_bias")}
+        out = ops.group_linear(leaves["x"], leaves["weight"], activation=self.activation, **given)
         return self._with_gradients(out.h, out.logits, leaves)
 
     def exact(self) -> dict[str, Tensor]:
@@ -112,8 +112,9 @@ class Case:
         return float(linear(leaves["x"], leaves["weight"], leaves.get("bias")).detach().abs().min())
 
     def to(self, device: str) -> "Case":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+        present: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: x.to(device) for name, x in present.items() if isinstance(x, Tensor)}
+        return replace(self, **{**present, **moved})
 
     def terms(self) -> dict[str, float]:
         """The largest sum of absolute terms behind a value of each output."""

@@ -236,6 +236,14 @@ def test_cpu_gives_the_same_bits_for_any_thread_count(shape: Shape, dtypes: str)
                 assert_same_bits(f"output {index} on {count} threads", a, b)
 
 
+@pytest.mark.parametrize("gradients", GRADIENTS)
+def test_cpu_chunks_of_several_blocks_add_up(gradients: str) -> None:
+    """From 24577 rows on a chunk of dbias has more than one block of 96 rows."""
+    case = make(24700, 2, 17, 2, DTYPES["f32"], "gelu", gradients)
+    with ops.use_backend("cpu"):
+        check(case, case.run())
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_instruction_set_of_this_cpu(shape: Shape, dtypes: str) -> None:

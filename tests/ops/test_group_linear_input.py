@@ -122,6 +122,34 @@ def test_a_gradient_is_needed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gate": None}, ValueError, r"gate must be \[6, 4\], .* got none; run the forward with keep=True"),
+        ({"gate": torch.ones(6, 0)}, ValueError, r"gate must be \[6, 4\], .* got \[6, 0\]"),
+        ({"gate": torch.ones(6, 4).half()}, TypeError, "gate must have the gradients' dtype torch.float32"),
+        ({"dlogits": torch.ones(5, 2)}, ValueError, r"dlogits must be \[6, V\] .* got \[5, 2\] and \[2, 4\]"),
+        ({"dlogits": torch.ones(6, 3)}, ValueError, r"got \[6, 3\] and \[2, 4\]; pass both"),
+        ({"critic_weight": None}, ValueError, r"a critic_weight \[V, 4\], got \[6, 2\] and none"),
+        ({"dlogits": torch.ones(6, 2).half()}, TypeError, "dlogits must have the gradients' dtype"),
+        ({"activation": "tanh"}, ValueError, "'none', 'relu' or 'gelu', got 'tanh'"),
+    ],
+)
+def test_a_backward_that_does_not_fit_is_refused(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """A forward that kept nothing, above all: its empty slope must not be read as a full one."""
+    given: dict[str, Any] = {
+        "dh": torch.ones(6, 4),
+        "dlogits": torch.ones(6, 2),
+        "critic_weight": torch.ones(2, 4),
+        "gate": torch.ones(6, 4),
+        "activation": "gelu",
+    }
+    with pytest.raises(error, match=message):
+        torch.ops.lct.group_linear_backward(*{**given, **change}.values())
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rows": 0}, "rows, inputs and outputs >= 1 and classes >= 0, got 0, 1, 4, 2"),
