@@ -69,7 +69,7 @@ class Tile(NamedTuple):
 # larger tiles share a multiprocessor of sm_90, so that one's minimum runs beside the other's products.
 SEARCH = {
     80: {
-        2: (Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 4, 2), Tile(256, 64, 32, 4, 2)),
+        2: (Tile(32, 128, 64, 4, 3), Tile(128, 64, 64, 4, 2), Tile(256, 64, 32, 4, 2)),
         4: (Tile(256, 64, 64, 8, 2),),
     },
     90: {
@@ -485,7 +485,9 @@ def why_not(x: Tensor, codebook: Tensor) -> str:
 
 def search_tile(depth: int, codewords: int, element_size: int, capability: int) -> Tile:
     """Tile of the search: the table's, with no more words a step than there are."""
-    table = SEARCH[max(each for each in SEARCH if each <= capability)][element_size]
+    # Rows that do not start on 16 bytes are loaded in small pieces, whose addresses fit the smallest blocks only.
+    family = max(each for each in SEARCH if each <= capability) if depth % 16 == 0 else 80
+    table = SEARCH[family][element_size]
     tile = next(tile for tile in table if depth <= tile.depth)
     return tile._replace(words=min(tile.words, max(16, triton.next_power_of_2(codewords))))
 

@@ -30,8 +30,8 @@ POINTERS = {
     **dict.fromkeys(("codebook", "half_norm", "unlift", "errors", "chunk_errors"), "*fp32"),
     **dict.fromkeys(("sums", "scores", "candidates", "candidate_scores"), "*fp32"),
 }
-# As the launcher sees them when the depth is a multiple of 16: 16-byte accesses.
-MULTIPLES_OF_16 = ("depth", "padded")
+# Every tile; and depths between them that are no multiple of 16, whose rows are not read 16 bytes at a time.
+DEPTHS, FEW_DEPTHS, ODD_DEPTHS = (16, 32, 64, 128, 256), (64, 128), (31, 63, 127, 255)
 
 
 def argument_type(kernel: str, name: str, dtype: str) -> str:
@@ -46,19 +46,22 @@ def argument_type(kernel: str, name: str, dtype: str) -> str:
     return POINTERS.get(name, "i32")
 
 
-def products(dtype: str, capability: int, few: bool) -> Iterator[tuple[str, dict[str, Any], int, int]]:
-    """The search and the sums at every depth of the tables (few: 64 and 128), at few words and at many."""
+def products(
+    dtype: str, capability: int, depths: tuple[int, ...], most_codewords: tuple[int, ...]
+) -> Iterator[tuple[str, dict[str, Any], int, int]]:
+    """The search and the sums."""
     size = 4 if dtype == "fp32" else 2
-    for depth in (64, 128) if few else (16, 32, 64, 128, 256):
-        for codewords in (1024,) if few else (16, 32, 1024):
+    for depth in depths:
+        block_depth = triton.next_power_of_2(depth)
+        for codewords in most_codewords:
             tile = kernels.search_tile(depth, codewords, size, capability)
             constants = {
                 "SPLIT": size == 2,
                 "LIFT": dtype == "bf16",
-                "BLOCK_DEPTH": depth,
+                "BLOCK_DEPTH": block_depth,
                 "BLOCK_ROWS": tile.rows,
                 "BLOCK_WORDS": tile.words,
-                "SLICE": min(kernels.SLICE, depth),
+                "SLICE": min(kernels.SLICE, block_depth),
             }
             yield "_search_kernel", constants, tile.warps, tile.stages
         tile = kernels.sums_tile(depth, size)
@@ -69,14 +72,14 @@ def products(dtype: str, capability: int, few: bool) -> Iterator[tuple[str, dict
             "BLOCK_ROWS": tile.rows,
             "BLOCK_DEPTH": tile.depth,
         }
-        if depth == tile.depth:
+        if block_depth == tile.depth:
             yield "_sums_kernel", constants, tile.warps, tile.stages
 
 
-def others(dtype: str) -> Iterator[tuple[str, dict[str, Any], int, int]]:
+def others(size: int) -> Iterator[tuple[str, dict[str, Any], int, int]]:
     """The kernels without products, which are the same at every depth."""
-    words = kernels.SUMS[4 if dtype == "fp32" else 2][0].words
-    split = {"SPLIT": dtype != "fp32", "BLOCK_WORDS": 16}
+    words = kernels.SUMS[size][0].words
+    split = {"SPLIT": size == 2, "BLOCK_WORDS": 16}
     yield "_words_kernel", {**split, "BLOCK_DEPTH": 256}, 4, 1
     for bits in (1, 7, 12):
         size = triton.next_power_of_2(kernels.PACKED * bits // 8)
@@ -91,8 +94,15 @@ def others(dtype: str) -> Iterator[tuple[str, dict[str, Any], int, int]]:
 
 
 def build(
-    name: str, constants: dict[str, Any], dtype: str, capability: int, warps: int, stages: int
+    name: str,
+    constants: dict[str, Any],
+    dtype: str,
+    capability: int,
+    warps: int,
+    stages: int,
+    whole: bool,
 ) -> dict[str, Any]:
+    """Compiled as for a depth that is a multiple of 16, unless not `whole`."""
     kernel = getattr(kernels, name)
     signature = {
         arg: "constexpr" if arg in constants else argument_type(name, arg, dtype) for arg in kernel.arg_names
@@ -101,7 +111,7 @@ def build(
     attributes = {
         (index,): aligned
         for index, (arg, kind) in enumerate(signature.items())
-        if kind.startswith("*") or arg in MULTIPLES_OF_16
+        if kind.startswith("*") or arg == "padded" or (whole and arg == "depth")
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -119,20 +129,33 @@ def build(
         "f64": ".f64" in ptx,
         "tf32": "tf32" in ptx,
         "atomics": bool(re.search(r"\b(atom|red)\.", ptx)),
+        # fp32 subtractions a thread, two to an instruction of sm_100.
+        "subtractions": sum(2 if pair else 1 for pair in re.findall(r"\bsub\.(?:rn\.)?f32(x2)?\b", ptx)),
         "approximate_division": bool(re.search(r"\bdiv\.(full|approx)", ptx)),
     }
 
 
 def main(capability: int, dtypes: list[str], few: bool) -> None:
     for dtype in dtypes:
-        for name, constants, warps, stages in (
-            *products(dtype, capability, few),
-            *(() if few else others(dtype)),
-        ):
-            built = build(name, constants, dtype, capability, warps, stages)
-            shown = {key: value for key, value in constants.items() if key != "DOT"}
-            line = {"kernel": name, "constants": shown, "warps": warps, "stages": stages, "dtype": dtype}
-            print(json.dumps({**line, "capability": capability, **built}), flush=True)
+        size = 4 if dtype == "fp32" else 2
+        whole = [
+            *products(dtype, capability, FEW_DEPTHS if few else DEPTHS, (1024,) if few else (16, 1024)),
+            *([] if few else others(size)),
+        ]
+        odd = [] if few else products(dtype, capability, ODD_DEPTHS, (1024,))
+        for launch, is_whole in (*((each, True) for each in whole), *((each, False) for each in odd)):
+            name, constants, warps, stages = launch
+            built = build(name, constants, dtype, capability, warps, stages, is_whole)
+            line = {
+                "kernel": name,
+                "constants": {key: value for key, value in constants.items() if key != "DOT"},
+                "warps": warps,
+                "stages": stages,
+                "dtype": dtype,
+                "whole": is_whole,
+                "capability": capability,
+            }
+            print(json.dumps({**line, **built}), flush=True)
 
 
 if __name__ == "__main__":
