@@ -448,8 +448,8 @@ _WORDS = frozenset({torch.float32})
 # A backend on a device is one entry more in each of the three tables, and its name here.
 _PREFERENCE = {"cpu": ("cpu",)}
 # Products of matrices pay from 32 columns on. Decoding and updating multiply nothing: no triton there.
-_ENCODE_PREFERENCE = {**_PREFERENCE, "cuda": ("triton",)}
-_TRITON_CODEWORDS = 4096
+_ENCODE_PREFERENCE = {**_PREFERENCE, "cuda": ("triton", *_PREFERENCE.get("cuda", ()))}
+_TRITON_CODEWORDS, _TRITON_DEPTHS, _TRITON_BEST = 4096, range(16, 257), range(32, 257)
 
 _ENCODE = Op(
     "vq_encode",
@@ -461,8 +461,8 @@ _ENCODE = Op(
             available.triton,
             _KERNEL_DTYPES,
             _TRITON_CODEWORDS,
-            depths=range(16, 257),
-            best=range(32, 257),
+            _TRITON_DEPTHS,
+            _TRITON_BEST,
         ),
     },
     _ENCODE_PREFERENCE,

@@ -104,6 +104,25 @@ def test_rows_and_words_of_any_size(dtype: str) -> None:
     assert len(code.unique()) > 20
 
 
+def test_words_that_cannot_be_chosen_are_prepared_as_padding() -> None:
+    codebook = torch.randn(2, 20, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    codebook[0, 3, 5], codebook[1, 2, 0], codebook[1, 19] = float("nan"), float("inf"), 1e20
+    encoder = kernels._Encoder(torch.zeros(1, 48, dtype=torch.float16, device=DEVICE), codebook, 0)
+    kernels._as_on_a_device(encoder.prepare)()
+    assert encoder.padded == 32
+    out = torch.ones(2, 32, dtype=torch.bool, device=DEVICE)
+    out[:, :20] = False
+    out[0, 3] = out[1, 2] = out[1, 19] = True
+    assert torch.equal(encoder.half_norm == float("inf"), out)
+    assert not bool(encoder.words[:, out].any()) and not bool(encoder.words[..., 24:].any())
+    high, low = encoder.words.double()[:, ~out]
+    kept = torch.nn.functional.pad(codebook.double(), (0, 0, 0, 12))[~out]
+    got = ((high + low) * encoder.unlift[~out][:, None].double())[:, :24]
+    largest = kept.abs().amax(1, keepdim=True)
+    assert bool(((got - kept).abs() <= 2.0**-22 * kept.abs() + 2.0**-39 * largest).all())
+    assert bool((high.abs().amax(1) >= 2**14).all())
+
+
 def test_an_outlier_among_the_words_costs_the_others_nothing() -> None:
     case = make(130, 1, 30, 32, torch.float16, DEVICE)
     codebook = case.codebook.clone()
@@ -276,6 +295,31 @@ def test_the_race(slots: int) -> None:
                 continue
             vector = x.view(rows, 2, 16)[best, group]
             assert_same_bits("candidate", candidates[group, slot].cpu(), vector)
+
+
+@pytest.mark.parametrize("apart", ["in one step", "in two steps"])
+def test_ties_of_the_race_go_to_the_first_row(apart: str) -> None:
+    """Two rows of one chunk with the very same score, found among many errors."""
+    draw = torch.Generator().manual_seed(0)
+    errors = torch.rand(200_000, generator=draw)
+    places = torch.randint(0, 4096, (200_000,), generator=draw)
+    scores, order = reference.candidate_scores(errors, places).sort()
+    step = kernels.RACE[0]
+    for i in range(len(scores) - 1):
+        first, second = sorted(order[i : i + 2].tolist(), key=lambda index: int(places[index]))
+        a, b = int(places[first]), int(places[second])
+        if scores[i] == scores[i + 1] and a < b and (a // step == b // step) == (apart == "in one step"):
+            break
+    else:
+        raise AssertionError("no two scores are equal")
+    x = torch.randn(4096, 16, generator=draw)
+    encoder = kernels._Encoder(x.to(DEVICE), torch.zeros(1, 4, 16, device=DEVICE), 1)
+    encoder.errors.zero_()
+    encoder.errors[0, a], encoder.errors[0, b] = errors[first], errors[second]
+    candidates, best = torch.empty(1, 1, 16, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
+    encoder.race(x.to(DEVICE), candidates, best)
+    assert float(best) == float(scores[i])
+    assert_same_bits("candidate", candidates[0, 0].cpu(), x[a])
 
 
 def test_shapes_beyond_the_kernels_are_refused() -> None:
