@@ -38,7 +38,7 @@ DEEP_SHAPES = {
     (65, 3, 13, 17): "one column past 16; codes of four bits over three groups",
     (129, 2, 257, 32): "one row past two blocks, one word past whole tiles; codes of nine bits",
     (4099, 1, 7, 20): "a chunk and three rows; codes of three bits",
-    (66, 1, 1024, 64): "many tiles of words, many runs of the sums",
+    (66, 1, 520, 64): "many tiles of words, many runs of the sums",
     (67, 1, 6, 128): "deep, and less than a tile of words",
     (70, 2, 130, 96): "a depth between two blocks",
     (33, 2, 100, 256): "the deepest",
