@@ -25,13 +25,16 @@ class Backend:
 
     `why_not(device)` is "" when it can run on that kind of device ("cpu", "cuda", or None for any), else
     the reason and what would change it. `dtypes` are the kinds of input it takes, `largest` the largest size
-    (what size means is the op's: classes, for a head); None for all.
+    (what size means is the op's: classes, for a head), `depths` the depths; None for all. At a depth outside
+    `best` it comes after the others in the order of preference.
     """
 
     run: Callable[..., Any]
     why_not: Callable[[str | None], str]
     dtypes: frozenset[Any] | None = None
     largest: int | None = None
+    depths: range | None = None
+    best: range | None = None
 
 
 @dataclass
@@ -41,35 +44,40 @@ class Op:
     name: str
     backends: Mapping[str, Backend]
     preference: Mapping[str, Sequence[str]]
-    _resolved: dict[tuple[str | None, str, Any, int], Callable[..., Any]] = field(default_factory=dict)
+    _resolved: dict[tuple[str | None, str, Any, int, int], Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _OPS[self.name] = self
 
-    def resolve(self, device: str, dtype: Any, size: int = 0) -> Callable[..., Any]:
+    def resolve(self, device: str, dtype: Any, size: int = 0, depth: int = 0) -> Callable[..., Any]:
         """The implementation for inputs of this kind, under the choice in force."""
-        key = (_choice, device, dtype, size)
+        key = (_choice, device, dtype, size, depth)
         run = self._resolved.get(key)
         if run is None:
-            run = self._resolved[key] = self._resolve(device, dtype, size)
+            run = self._resolved[key] = self._resolve(device, dtype, size, depth)
         return run
 
     def forget(self) -> None:
         """Drop what was resolved: for tests that change what is there."""
         self._resolved.clear()
 
-    def _resolve(self, device: str, dtype: Any, size: int) -> Callable[..., Any]:
+    def _resolve(self, device: str, dtype: Any, size: int, depth: int) -> Callable[..., Any]:
         if _choice is not None:
-            reason = self._why_not(_choice, device, dtype, size)
+            reason = self._why_not(_choice, device, dtype, size, depth)
             if reason:
                 raise BackendError(f"{self.name} cannot run on backend '{_choice}': {reason}")
             return self.backends[_choice].run
-        for name in self.preference.get(device, ()):
-            if not self._why_not(name, device, dtype, size):
+
+        def after_the_others(name: str) -> bool:
+            best = self.backends[name].best
+            return best is not None and depth not in best
+
+        for name in sorted(self.preference.get(device, ()), key=after_the_others):
+            if not self._why_not(name, device, dtype, size, depth):
                 return self.backends[name].run
         return self.backends["reference"].run
 
-    def _why_not(self, name: str, device: str, dtype: Any, size: int) -> str:
+    def _why_not(self, name: str, device: str, dtype: Any, size: int, depth: int) -> str:
         backend = self.backends.get(name)
         if backend is None:
             return f"no such backend for this op, which has {', '.join(self.backends)}"
@@ -78,6 +86,9 @@ class Op:
             return f"it takes {taken} and got {dtype}; cast the input or use backend 'reference'"
         if backend.largest is not None and size > backend.largest:
             return f"it takes a size of up to {backend.largest} and got {size}; use another backend"
+        if backend.depths is not None and depth not in backend.depths:
+            least, most = backend.depths[0], backend.depths[-1]
+            return f"it takes a depth of {least} to {most} and got {depth}; use another backend"
         return backend.why_not(device)
 
 

@@ -296,7 +296,8 @@ def _empty_encoding(x: Tensor, codebook: Tensor, candidates: int) -> Encoded:
 
 def _run_encode(x: Tensor, codebook: Tensor, candidates: int) -> Encoded:
     _check_encode(x, codebook, candidates)
-    run: Callable[..., Encoded] = _ENCODE.resolve(x.device.type, x.dtype, codebook.shape[1])
+    _, codewords, depth = codebook.shape
+    run: Callable[..., Encoded] = _ENCODE.resolve(x.device.type, x.dtype, codewords, depth)
     if x.shape[0] == 0:
         # Kernels get no null pointers.
         return reference.vq_encode(x, codebook, candidates)
@@ -504,19 +505,38 @@ def _cuda_update(
     )
 
 
+def _triton_encode(x: Tensor, codebook: Tensor, candidates: int) -> Encoded:
+    from lct_fast.kernels import vq as kernels
+
+    out = _empty_encoding(x, codebook, candidates)
+    with torch.cuda.device(x.get_device()):
+        kernels.vq_encode(x, codebook, *out)
+    return out
+
+
 _KERNEL_DTYPES = frozenset(_NATIVE_DTYPE)
 _WORDS = frozenset({torch.float32})
-# A backend on a device is one entry more in each of the three tables, and its name here.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda",)}
+# Products of matrices pay from 32 columns on. Decoding and updating multiply nothing: no triton there.
+_ENCODE_PREFERENCE = {**_PREFERENCE, "cuda": ("triton", "cuda")}
+_TRITON_CODEWORDS, _TRITON_DEPTHS, _TRITON_BEST = 4096, range(16, 257), range(32, 257)
 
 _ENCODE = Op(
     "vq_encode",
     {
         "reference": Backend(reference.vq_encode, available.always),
         "cpu": Backend(_native_encode, available.cpu, _KERNEL_DTYPES),
+        "triton": Backend(
+            _triton_encode,
+            available.triton,
+            _KERNEL_DTYPES,
+            _TRITON_CODEWORDS,
+            _TRITON_DEPTHS,
+            _TRITON_BEST,
+        ),
         "cuda": Backend(_cuda_encode, available.cuda, _KERNEL_DTYPES),
     },
-    _PREFERENCE,
+    _ENCODE_PREFERENCE,
 )
 _DECODE = Op(
     "vq_decode",

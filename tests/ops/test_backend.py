@@ -16,6 +16,7 @@ from lct_fast import _native, ops
 from lct_fast.ops import available, backend
 from lct_fast.ops.backend import Backend, BackendError, Op
 from lct_fast.ops.critic_head import _HEAD
+from lct_fast.ops.vq import _ENCODE
 from tests.ops.critic_head_case import make
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,45 @@ def test_a_size_beyond_a_backend_goes_to_the_next(op: Op) -> None:
     small = Backend(lambda: "small", lambda device: "", None, largest=8)
     op = Op("sized", {**op.backends, "small": small}, {"cpu": ("small", "quick")})
     assert [op.resolve("cpu", int, size)() for size in (8, 9)] == ["small", "quick"]
+
+
+def test_a_depth_chooses_among_backends(op: Op) -> None:
+    deep = Backend(lambda: "deep", lambda device: "", depths=range(16, 257), best=range(32, 257))
+    any_depth = Backend(lambda: "any", lambda device: "")
+    op = Op("deep", {**op.backends, "deep": deep, "any": any_depth}, {"cpu": ("deep", "any")})
+    found = [op.resolve("cpu", int, 0, depth)() for depth in (15, 16, 31, 32, 256, 257)]
+    assert found == ["any", "any", "any", "deep", "deep", "any"]
+    # Outside its best depths it is still ahead of the reference, and can be asked for by name.
+    op = Op("deep", {**op.backends, "deep": deep}, {"cpu": ("deep",)})
+    assert [op.resolve("cpu", int, 0, depth)() for depth in (15, 16)] == ["reference", "deep"]
+
+
+def test_a_depth_beyond_a_backend_is_an_error_that_says_why(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "NAMES", ("deep",))
+    deep = Backend(lambda: "deep", lambda device: "", depths=range(16, 257), best=range(32, 257))
+    op = Op("deep", {**op.backends, "deep": deep}, {})
+    with ops.use_backend("deep"):
+        assert op.resolve("cpu", int, 0, 16)() == "deep"
+        with pytest.raises(BackendError, match="it takes a depth of 16 to 256 and got 257; use another"):
+            op.resolve("cpu", int, 0, 257)
+
+
+def test_vectors_of_32_columns_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lct_fast.kernels import vq as kernels
+
+    triton = _ENCODE.backends["triton"]
+    assert triton.largest == kernels.MAX_CODEWORDS
+    assert triton.depths == range(kernels.MIN_DEPTH, kernels.MAX_DEPTH + 1)
+    monkeypatch.setattr(available, "_no_device", lambda: "")
+    _ENCODE.forget()
+    try:
+        assert _ENCODE.resolve("cuda", torch.bfloat16, 256, 32) is triton.run
+        assert _ENCODE.resolve("cuda", torch.bfloat16, 4097, 32) is not triton.run
+        assert _ENCODE.resolve("cuda", torch.bfloat16, 256, 8) is not triton.run
+    finally:
+        _ENCODE.forget()
+    with ops.use_backend("triton"), pytest.raises(BackendError, match="depth of 16 to 256 and got 8"):
+        ops.vq_encode(torch.zeros(3, 8), torch.zeros(1, 4, 8))
 
 
 def test_triton_takes_as_many_classes_as_its_kernels() -> None:

@@ -12,7 +12,19 @@ from lct_fast import _native, ops
 from lct_fast.reference import vq as reference
 from tests.cuda.vq_order import check_order
 from tests.ladder import Place, assert_same_bits
-from tests.ops.vq_case import DTYPES, SHAPES, assert_equal_encodings, check, everywhere, make
+from tests.ops.vq_case import (
+    DEEP_SHAPES,
+    DTYPES,
+    ENCODE_PLACES,
+    SHAPES,
+    Case,
+    assert_equal_encodings,
+    check,
+    encoders,
+    everywhere,
+    fit,
+    make,
+)
 
 NAN = float("nan")
 
@@ -30,14 +42,24 @@ def test_backends() -> None:
     for name in ("vq_encode", "vq_decode", "vq_update"):
         found = ops.backends(name)
         assert found["reference"] == found["cpu"] == "available"
+    # Nothing to multiply in the others.
+    assert ops.backends("vq_encode")["triton"] == "available"
+    assert "triton" not in ops.backends("vq_decode") and "triton" not in ops.backends("vq_update")
 
 
-@everywhere
+def encodings() -> list[tuple[Place, tuple[int, int, int, int]]]:
+    return [
+        (place, shape)
+        for place in ENCODE_PLACES
+        for shape in (DEEP_SHAPES if place.backend == "triton" else SHAPES)
+    ]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("place", "shape"), encodings(), ids=str, indirect=["place"])
 def test_within_the_rule(place: Place, shape: tuple[int, int, int, int], dtype: str) -> None:
     # Between them the shapes and dtypes meet no, one, several and more candidates than rows.
-    slots = (16, 0, 1, 100)[(list(SHAPES).index(shape) + list(DTYPES).index(dtype)) % 4]
+    slots = (16, 0, 1, 100)[(sum(shape) + list(DTYPES).index(dtype)) % 4]
     case = make(*shape, DTYPES[dtype], place.device, slots)
     check(case, case.run())
 
@@ -92,7 +114,7 @@ def test_no_rows(place: Place) -> None:
     assert x.shape == (0, 6) and x.dtype == torch.float16 and not flag
 
 
-@everywhere
+@encoders
 @pytest.mark.parametrize("codewords", [2, 3, 6, 7, 100, 300])
 def test_ties_go_to_the_lowest_index(place: Place, codewords: int) -> None:
     """Every word twice and more often, and x on the words: exact arithmetic, so nothing else may be chosen."""
@@ -101,29 +123,32 @@ def test_ties_go_to_the_lowest_index(place: Place, codewords: int) -> None:
     codebook = torch.stack((words, -2 * words, words), 1)[None].to(place.device)
     x = torch.arange(200) % half
     case = replace(make(200, 1, codewords, 3, device=place.device), codebook=codebook)
-    case = replace(case, x=codebook[0, x])
+    case = fit(place, replace(case, x=codebook[0, x]))
     out = case.run()
     assert torch.equal(case.numbers(out.codes.cpu())[:, 0], x)
     assert not out.counts[0, half:].any()
     assert out.squared_error == 0 and bool(out.candidates.isnan().all())
 
 
-@everywhere
+@encoders
 def test_all_words_the_same_are_all_the_first(place: Place) -> None:
-    case = make(130, 2, 257, 5, device=place.device)
+    case = fit(place, make(130, 2, 257, 5, device=place.device))
+    if place == Place("triton", "cpu"):
+        # Interpreted, its products are BLAS's, whose rounding depends on a column's place: nothing to round here.
+        case = replace(case, x=case.x.mul(8).round() / 8, codebook=case.codebook.mul(8).round() / 8)
     case = replace(case, codebook=case.codebook[:, :1].repeat(1, 257, 1))
     out = case.run()
     assert not out.codes.any() and out.counts[:, 0].tolist() == [130, 130]
 
 
-@everywhere
+@encoders
 @pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_vector_that_is_not_finite_is_left_out_alone(place: Place, dtype: str, value: float) -> None:
-    case = make(100, 3, 17, 5, DTYPES[dtype], place.device, candidates=1)
+    case = fit(place, make(100, 3, 17, 5, DTYPES[dtype], place.device, candidates=1))
     good = case.run()
     x = case.x.clone()
-    x[37, 5 + 2] = value
+    x[37, case.codebook.shape[2] + 2] = value
     bad = replace(case, x=x)
     out = bad.run()
     assert bool(out.flag) and not good.flag
@@ -145,9 +170,9 @@ def test_a_vector_that_is_not_finite_is_left_out_alone(place: Place, dtype: str,
     assert float(out.squared_error) < float(good.squared_error)
 
 
-@everywhere
+@encoders
 def test_a_word_that_is_not_finite_is_never_chosen(place: Place) -> None:
-    case = make(100, 1, 8, 3, device=place.device)
+    case = fit(place, make(100, 1, 8, 3, device=place.device))
     codebook = case.codebook.clone()
     codebook[0, 2, 1], codebook[0, 5, 0], codebook[0, 6] = NAN, float("inf"), float("-inf")
     out = replace(case, codebook=codebook).run()
@@ -157,19 +182,25 @@ def test_a_word_that_is_not_finite_is_never_chosen(place: Place) -> None:
     assert torch.equal(out.counts[:, keep], few.counts)
 
 
-@everywhere
+@encoders
 @pytest.mark.parametrize("codewords", [2, 7, 100])
 def test_without_a_finite_word_all_is_code_zero_and_flagged(place: Place, codewords: int) -> None:
-    case = make(70, 1, codewords, 3, device=place.device)
+    case = fit(place, make(70, 1, codewords, 3, device=place.device))
     out = replace(case, codebook=torch.full_like(case.codebook, NAN)).run()
     assert bool(out.flag) and not out.codes.any() and not out.counts.any() and not out.sums.any()
     assert out.squared_error == 0 and bool(out.candidates.isnan().all())
 
 
-@everywhere
-@pytest.mark.parametrize("shape", [(3 * 4096 + 700, 2, 13, 4), (2 * 4096, 1, 300, 5)], ids=str)
+def chunked() -> list[tuple[Place, tuple[int, int, int, int]]]:
+    shapes = [(3 * 4096 + 700, 2, 13, 4), (2 * 4096, 1, 300, 5)]
+    # Interpreted, one row of programs after the other: fewer will do.
+    fewer = [(2 * 4096 + 70, 2, 13, 4)]
+    return [(p, s) for p in ENCODE_PLACES for s in (fewer if p == Place("triton", "cpu") else shapes)]
+
+
+@pytest.mark.parametrize(("place", "shape"), chunked(), ids=str, indirect=["place"])
 def test_chunks_fold_to_the_bits_of_the_whole(place: Place, shape: tuple[int, int, int, int]) -> None:
-    case = make(*shape, device=place.device, candidates=5)
+    case = fit(place, make(*shape, device=place.device, candidates=5))
     whole = case.run()
     parts = [replace(case, x=x).run() for x in case.x.split(4096)]
     assert_same_bits("codes", whole.codes, torch.cat([p.codes for p in parts]))
@@ -188,14 +219,17 @@ def test_chunks_fold_to_the_bits_of_the_whole(place: Place, shape: tuple[int, in
     assert_same_bits("candidates", whole.candidates, vectors)
 
 
-@everywhere
+@encoders
 @pytest.mark.parametrize("slots", [1, 7, 16, 4096])
 def test_candidates_are_those_with_the_largest_score(place: Place, slots: int) -> None:
     """One column, so that an error is one rounded product and its bits, which are hashed, are known."""
-    case = make(4096 + 600, 2, 9, 1, device=place.device, candidates=slots)
+    if place == Place("triton", "cpu"):
+        # A program a slot, one after the other.
+        slots = min(slots, 100)
+    case = fit(place, make(4096 + 600, 2, 9, 1, device=place.device, candidates=slots))
     out = case.run()
     code = case.numbers(out.codes.cpu())
-    x, rows = case.x.cpu(), torch.arange(len(case.x))
+    x, rows = case.x.cpu()[:, :: case.codebook.shape[2]], torch.arange(len(case.x))
     nearest = case.codebook.cpu()[torch.arange(2), code][:, :, 0]
     scores = reference.candidate_scores((x - nearest).square().T, rows % 4096).T
     for group in range(2):
@@ -206,39 +240,39 @@ def test_candidates_are_those_with_the_largest_score(place: Place, slots: int) -
             assert_same_bits("candidate", out.candidates[group, r, 0].cpu(), x[best, group])
 
 
-@everywhere
+@encoders
 def test_sums_over_many_rows_keep_their_digits(place: Place) -> None:
     """Nearly all rows on one word: a running sum over all of them would lose digits."""
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(5 * 4096, 4, generator=draw)
     codebook = torch.cat((torch.full((1, 1, 4), 0.5), torch.full((1, 9, 4), 1e3)), 1)
-    out = ops.vq_encode(x.to(place.device), codebook.to(place.device))
+    out = fit(place, Case(x.to(place.device), codebook.to(place.device))).run()
     assert int(out.counts[0, 0]) == len(x)
     exact = x.double().sum(0)
-    error = float((out.sums[0, 0].cpu().double() - exact).abs().max() / exact.max())
+    error = float((out.sums[0, 0, :4].cpu().double() - exact).abs().max() / exact.max())
     # One running sum is off by 5.6e-6 here, one within each chunk by 2.0e-7.
     assert error < 1e-6
 
 
-@everywhere
+@encoders
 @pytest.mark.parametrize("shape", [(5000, 2, 13, 4), (700, 1, 1024, 9)], ids=str)
 def test_same_bits_on_every_run(place: Place, shape: tuple[int, int, int, int]) -> None:
-    case = make(*shape, device=place.device)
+    case = fit(place, make(*shape, device=place.device))
     assert_equal_encodings(case.run(), case.run())
 
 
-@everywhere
+@encoders
 def test_strided_inputs_give_what_dense_ones_give(place: Place) -> None:
-    case = make(70, 2, 9, 6, device=place.device)
+    case = fit(place, make(70, 2, 9, 6, device=place.device))
     strided = replace(case, x=case.x.T.contiguous().T, codebook=case.codebook.mT.contiguous().mT)
     assert not strided.x.is_contiguous() and not strided.codebook.is_contiguous()
     assert_equal_encodings(case.run(), strided.run())
 
 
-@everywhere
+@encoders
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_that_start_in_the_middle_of_a_vector(place: Place, dtype: str) -> None:
-    case = make(70, 2, 9, 8, DTYPES[dtype], place.device)
+    case = fit(place, make(70, 2, 9, 8, DTYPES[dtype], place.device))
 
     def shifted(x: torch.Tensor) -> torch.Tensor:
         buffer = x.new_zeros(x.numel() + 1)

@@ -9,12 +9,12 @@ import pytest
 
 from lct_fast import _native
 from tests.ladder import Place
-from tests.ops.vq_case import VQ_PLACES
+from tests.ops.vq_case import ENCODE_PLACES
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("where", [p for p in VQ_PLACES if p.backend != "reference"], ids=str)
+@pytest.mark.parametrize("where", [p for p in ENCODE_PLACES if p.backend != "reference"], ids=str)
 @pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "avx512vnni"])
 def test_nothing_outside_the_tensors_is_touched(where: Place, level: str) -> None:
     native = _native.load()

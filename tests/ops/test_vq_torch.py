@@ -6,19 +6,24 @@ from torch import Tensor
 
 from lct_fast import ops
 from tests.ladder import Place, assert_same_bits
-from tests.ops.vq_case import assert_equal_encodings, everywhere, make
+from tests.ops.vq_case import assert_equal_encodings, encoders, everywhere, fit, make
 
 CHECKED = dict.fromkeys(
     ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"), "SUCCESS"
 )
 
 
+@encoders
+def test_opcheck_of_encode(place: Place) -> None:
+    case = fit(place, make(67, 2, 13, 4, device=place.device))
+    encode = torch.library.opcheck(torch.ops.lct.vq_encode.default, (case.x, case.codebook, 3))
+    assert encode == CHECKED
+
+
 @everywhere
 def test_opcheck(place: Place) -> None:
     case = make(67, 2, 13, 4, device=place.device)
     out = case.run()
-    encode = torch.library.opcheck(torch.ops.lct.vq_encode.default, (case.x, case.codebook, 3))
-    assert encode == CHECKED
     decode = torch.library.opcheck(
         torch.ops.lct.vq_decode.default, (out.codes, case.codebook, 67, torch.bfloat16)
     )
@@ -58,6 +63,16 @@ def test_compiles_into_one_graph(place: Place, dynamic: bool) -> None:
         for a, b in zip(state, state2, strict=True):
             assert_same_bits("state", a, b)
         assert not torch.equal(codebook, case.codebook)
+
+
+@encoders
+def test_encode_compiles_into_one_graph(place: Place) -> None:
+    torch.compiler.reset()
+    case = fit(place, make(70, 2, 13, 4, device=place.device))
+    compiled = torch.compile(
+        lambda x: ops.vq_encode(x * 2, case.codebook, 5), fullgraph=True, backend="aot_eager"
+    )
+    assert_equal_encodings(ops.vq_encode(case.x * 2, case.codebook, 5), compiled(case.x))
 
 
 # torch's own: inductor imports modules that use what torch deprecates.

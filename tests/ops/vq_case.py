@@ -1,6 +1,6 @@
 """Inputs of vq, what they must give in float64, and the checks against it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,11 +8,14 @@ from torch import Tensor
 
 from lct_fast import ops
 from lct_fast.reference import vq as reference
-from tests.ladder import PLACES, assert_rule, assert_same_bits
+from tests.ladder import PLACES, Place, assert_rule, assert_same_bits
 
-VQ_PLACES = [p for p in PLACES if p.backend in ops.backends("vq_encode")]
-# Every backend that vq has, on every device that this machine has.
+VQ_PLACES = [p for p in PLACES if p.backend in ops.backends("vq_decode")]
+# Every backend that all of vq has, on every device that this machine has.
 everywhere = pytest.mark.parametrize("place", VQ_PLACES, ids=str, indirect=True)
+# Every backend that encodes: triton does nothing else.
+ENCODE_PLACES = [p for p in PLACES if p.backend in ops.backends("vq_encode")]
+encoders = pytest.mark.parametrize("place", ENCODE_PLACES, ids=str, indirect=True)
 
 # (rows, groups, codewords, depth): why.
 SHAPES = {
@@ -28,6 +31,17 @@ SHAPES = {
     (4099, 2, 13, 8): "a chunk and three rows",
     (1030, 1, 1024, 64): "wide and many: a product of matrices, almost",
     (40, 1, 65536, 1): "as many words as there may be",
+}
+# The same for backend triton, from 16 columns to 256.
+DEEP_SHAPES = {
+    (1, 1, 2, 16): "the smallest",
+    (65, 3, 13, 17): "one column past 16; codes of four bits over three groups",
+    (129, 2, 257, 32): "one row past two blocks, one word past whole tiles; codes of nine bits",
+    (4099, 1, 7, 20): "a chunk and three rows; codes of three bits",
+    (66, 1, 520, 64): "many tiles of words, many runs of the sums",
+    (67, 1, 6, 128): "deep, and less than a tile of words",
+    (70, 2, 130, 96): "a depth between two blocks",
+    (33, 2, 100, 256): "the deepest",
 }
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -67,6 +81,14 @@ def make(
     x = (torch.randn(rows, groups * depth, generator=draw) + 0.5).to(dtype)
     codebook = torch.randn(groups, codewords, depth, generator=draw) + 0.5
     return Case(x.to(device), codebook.to(device), candidates)
+
+
+def fit(place: Place, case: Case) -> Case:
+    """The case, with columns of zeros after each vector's where the backend takes none so short."""
+    groups, _, depth = case.codebook.shape
+    short = max(0, 16 - depth) if place.backend == "triton" else 0
+    x = torch.nn.functional.pad(case.x.view(-1, groups, depth), (0, short)).flatten(1)
+    return replace(case, x=x, codebook=torch.nn.functional.pad(case.codebook, (0, short)))
 
 
 def check(case: Case, out: ops.VQEncoding) -> None:
