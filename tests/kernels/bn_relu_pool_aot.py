@@ -11,12 +11,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from lct_fast.kernels import bn_relu_pool as kernels
-from tests.kernels.critic_head_aot import resources
+from tests.kernels.aot import compile_kernel
 
 POINTERS = ("x", "y", "dy", "dx", "pooled", "dpooled")
 SUMS = ("mean", "var", "moments", "partials", "terms", "dgamma", "dbeta", "gamma", "beta")
@@ -61,33 +57,14 @@ def build(name: str, constants: dict[str, Any], dtype: str, capability: int, war
     signature = {
         arg: "constexpr" if arg in constants else argument_type(arg, dtype) for arg in kernel.arg_names
     }
-    aligned = [["tt.divisibility", 16]]
-    attributes = {
-        (index,): aligned
-        for index, (arg, kind) in enumerate(signature.items())
-        if kind.startswith("*") or arg in MULTIPLES_OF_16
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True},
+    found, ptx = compile_kernel(kernel, signature, constants, MULTIPLES_OF_16, capability, warps, 2)
+    found["approximate"] = bool(re.search(r"\b(sqrt|rsqrt)\.approx", ptx))
+    # Bytes of the widest access to global memory.
+    found["widest"] = max(
+        int(vector or 1) * int(bits) // 8
+        for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)
     )
-    ptx = compiled.asm["ptx"]
-    registers, stack, local = resources(compiled.asm["cubin"])
-    return {
-        "registers": registers,
-        # Bytes a thread; where nothing indexes local memory, these are spills.
-        "stack": stack + local,
-        "shared": compiled.metadata.shared,
-        "f64": ".f64" in ptx,
-        "atomics": bool(re.search(r"\b(atom|red)\.", ptx)),
-        "approximate": bool(re.search(r"\b(sqrt|rsqrt)\.approx", ptx)),
-        # Bytes of the widest access to global memory.
-        "widest": max(
-            int(vector or 1) * int(bits) // 8
-            for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)
-        ),
-    }
+    return found
 
 
 def main(capability: int, dtypes: list[str], few: bool) -> None:

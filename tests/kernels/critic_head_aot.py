@@ -6,20 +6,14 @@ To be run without TRITON_INTERPRET, which replaces the kernels when they are imp
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import triton
 import triton.language as tl
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lct_fast.kernels import critic_head as kernels
+from tests.kernels.aot import compile_kernel
 
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 FLOATS = ["scale", "row_scale", "loss", "shares"]
@@ -54,44 +48,8 @@ def build(
     signature = {
         arg: "constexpr" if arg in constants else argument_type(arg, dtype) for arg in kernel.arg_names
     }
-    aligned = [["tt.divisibility", 16]]
-    attributes = {
-        (index,): aligned
-        for index, (arg, kind) in enumerate(signature.items())
-        if kind.startswith("*") or arg in MULTIPLES_OF_16
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-    )
-    ptx = compiled.asm["ptx"]
-    registers, stack, local = resources(compiled.asm["cubin"])
-    return {
-        "registers": registers,
-        # Bytes a thread; where nothing indexes local memory, these are spills.
-        "stack": stack + local,
-        "shared": compiled.metadata.shared,
-        "tensor_cores": [op for op in ("wgmma", "tcgen05.mma", "mma.sync") if op in ptx],
-        "f64": ".f64" in ptx,
-        "tf32": "tf32" in ptx,
-        "atomics": bool(re.search(r"\b(atom|red)\.", ptx)),
-    }
-
-
-def resources(cubin: bytes) -> tuple[int, int, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {text}")
-    registers, stack, local = map(int, found.groups())
-    return registers, stack, local
+    found, _ = compile_kernel(kernel, signature, constants, MULTIPLES_OF_16, capability, warps, stages)
+    return found
 
 
 def ends(table: tuple[kernels.Tile, ...], few: bool) -> tuple[kernels.Tile, ...]:

@@ -6,22 +6,17 @@ To be run without TRITON_INTERPRET, which replaces the kernels when they are imp
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from lct_fast.kernels import group_linear as kernels
-from tests.kernels.critic_head_aot import TYPES, resources
+from tests.kernels.aot import compile_kernel
+from tests.kernels.critic_head_aot import TYPES
 
 # As the launcher sees them for even layers: 16-byte accesses.
 SIDES = ("inputs", "outputs")
-TENSOR_CORES = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
 def argument_type(name: str, dtype: str, shares: bool) -> str:
@@ -101,31 +96,11 @@ def build(launch: Launch, dtype: str, capability: int) -> dict[str, Any]:
         arg: "constexpr" if arg in launch.constants else argument_type(arg, dtype, launch.shares)
         for arg in kernel.arg_names
     }
-    aligned = [["tt.divisibility", 16]]
-    attributes = {
-        (index,): aligned
-        for index, (arg, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (launch.even and arg in SIDES)
-    }
     warps, stages = launch.tile[-2:]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, launch.constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-    )
-    ptx = compiled.asm["ptx"]
-    registers, stack, local = resources(compiled.asm["cubin"])
-    return {
-        "registers": registers,
-        # Bytes a thread; where nothing indexes local memory, these are spills.
-        "stack": stack + local,
-        "shared": compiled.metadata.shared,
-        "tensor_cores": [op for op in TENSOR_CORES if op in ptx],
-        "asynchronous": "cp.async" in ptx,
-        "f64": ".f64" in ptx,
-        "tf32": "tf32" in ptx,
-        "atomics": bool(re.search(r"\b(atom|red)\.", ptx)),
-    }
+    aligned = SIDES if launch.even else ()
+    found, ptx = compile_kernel(kernel, signature, launch.constants, aligned, capability, warps, stages)
+    found["asynchronous"] = "cp.async" in ptx
+    return found
 
 
 def main(capability: int, dtypes: list[str], few: bool) -> None:

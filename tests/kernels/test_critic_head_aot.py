@@ -1,18 +1,14 @@
 """The Triton kernels of critic_head, compiled for three generations of GPUs: what came out.
 
-Needs no device. Compilation runs in processes of its own, without the interpreter that other tests use.
+Needs no device.
 """
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
+
+from tests.kernels.aot import compile_tables
 
 # All of a table costs half a minute: the whole of it where a spill would hurt most, else its ends.
 RUNS = [
@@ -26,25 +22,10 @@ SHARED_MEMORY = 99 * 1024
 SHARED_MEMORY_WIDE = 163 * 1024
 
 
-def compile_all(arguments: list[str]) -> list[dict[str, Any]]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.critic_head_aot", *arguments],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{arguments}: {done.stderr}"
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def built() -> list[dict[str, Any]]:
     """One row a compiled kernel."""
-    with ThreadPoolExecutor(2) as pool:
-        rows = [row for part in pool.map(compile_all, RUNS) for row in part]
+    rows = compile_tables("critic_head_aot", RUNS)
     assert {row["capability"] for row in rows} == {80, 90, 100}
     assert {row["kernel"] for row in rows} == {
         "_resident_kernel",

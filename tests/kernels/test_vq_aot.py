@@ -1,17 +1,13 @@
 """The Triton kernels of vq, compiled for three generations of GPUs: what came out.
 
-Needs no device. Compilation runs in processes of its own, without the interpreter that other tests use.
+Needs no device.
 """
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.kernels.aot import compile_tables
 
 RUNS = [
     ["90", "bf16"],
@@ -27,25 +23,10 @@ SHARED_MEMORY_SMALL = 99 * 1024
 pytestmark = pytest.mark.slow
 
 
-def compile_all(arguments: list[str]) -> list[dict[str, Any]]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.vq_aot", *arguments],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{arguments}: {done.stderr}"
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def built() -> list[dict[str, Any]]:
     """One row a compiled kernel."""
-    with ThreadPoolExecutor(2) as pool:
-        rows = [row for part in pool.map(compile_all, RUNS) for row in part]
+    rows = compile_tables("vq_aot", RUNS)
     assert {row["capability"] for row in rows} == {80, 90, 100}
     assert {row["kernel"] for row in rows} == {
         "_words_kernel",

@@ -13,11 +13,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lct_fast.kernels import vq as kernels
-from tests.kernels.critic_head_aot import resources
+from tests.kernels.aot import compile_kernel
 
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 POINTERS = {
@@ -107,32 +105,13 @@ def build(
     signature = {
         arg: "constexpr" if arg in constants else argument_type(name, arg, dtype) for arg in kernel.arg_names
     }
-    aligned = [["tt.divisibility", 16]]
-    attributes = {
-        (index,): aligned
-        for index, (arg, kind) in enumerate(signature.items())
-        if kind.startswith("*") or arg == "padded" or (whole and arg == "depth")
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-    )
-    ptx = compiled.asm["ptx"]
-    registers, stack, local = resources(compiled.asm["cubin"])
-    return {
-        "registers": registers,
-        # Bytes a thread; where nothing indexes local memory, these are spills.
-        "stack": stack + local,
-        "shared": compiled.metadata.shared,
-        "tensor_cores": [op for op in ("wgmma", "tcgen05.mma", "mma.sync") if op in ptx],
-        "f64": ".f64" in ptx,
-        "tf32": "tf32" in ptx,
-        "atomics": bool(re.search(r"\b(atom|red)\.", ptx)),
-        # fp32 subtractions a thread, two to an instruction of sm_100.
-        "subtractions": sum(2 if pair else 1 for pair in re.findall(r"\bsub\.(?:rn\.)?f32(x2)?\b", ptx)),
-        "approximate_division": bool(re.search(r"\bdiv\.(full|approx)", ptx)),
-    }
+    aligned = ("padded", "depth") if whole else ("padded",)
+    found, ptx = compile_kernel(kernel, signature, constants, aligned, capability, warps, stages)
+    # fp32 subtractions a thread, two to an instruction of sm_100.
+    pairs = re.findall(r"\bsub\.(?:rn\.)?f32(x2)?\b", ptx)
+    found["subtractions"] = sum(2 if pair else 1 for pair in pairs)
+    found["approximate_division"] = bool(re.search(r"\bdiv\.(full|approx)", ptx))
+    return found
 
 
 def main(capability: int, dtypes: list[str], few: bool) -> None:
