@@ -12,16 +12,7 @@ namespace {
 // Values a task: enough to pay for claiming it, few enough that threads end together.
 constexpr int64_t kTask = int64_t{1} << 15;
 
-const BlockQuantizeTasks& tasks() {
-  switch (simd_level()) {
-#ifdef LCT_X86
-    case SimdLevel::avx512vnni:
-    case SimdLevel::avx512: return avx512::block_quantize_tasks;
-    case SimdLevel::avx2: return avx2::block_quantize_tasks;
-#endif
-    default: return scalar::block_quantize_tasks;
-  }
-}
+const BlockQuantizeTasks& tasks() { return LCT_AT_LEVEL(block_quantize_tasks); }
 
 template <class Args>
 void run(const Args& args, void (*task)(const Args&, int64_t, int64_t), int threads) {

@@ -30,16 +30,7 @@ int64_t pieces_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t rounded_up(int64_t n, int64_t to) { return pieces_of(n, to) * to; }
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-const BnReluPoolTasks& tasks() {
-  switch (simd_level()) {
-#ifdef LCT_X86
-    case SimdLevel::avx512vnni:
-    case SimdLevel::avx512: return avx512::bn_relu_pool_tasks;
-    case SimdLevel::avx2: return avx2::bn_relu_pool_tasks;
-#endif
-    default: return scalar::bn_relu_pool_tasks;
-  }
-}
+const BnReluPoolTasks& tasks() { return LCT_AT_LEVEL(bn_relu_pool_tasks); }
 
 enum class Pass { forward, backward, backward_with_dy };
 

@@ -35,16 +35,7 @@ int64_t spread(int64_t index, int64_t tasks, int threads) {
   return run * length + std::min(run, longer) + step;
 }
 
-const CriticHeadTasks& tasks() {
-  switch (simd_level()) {
-#ifdef LCT_X86
-    case SimdLevel::avx512vnni:
-    case SimdLevel::avx512: return avx512::critic_head_tasks;
-    case SimdLevel::avx2: return avx2::critic_head_tasks;
-#endif
-    default: return scalar::critic_head_tasks;
-  }
-}
+const CriticHeadTasks& tasks() { return LCT_AT_LEVEL(critic_head_tasks); }
 
 // Lays out the workspace from `base`, or only counts it where base is null. Returns bytes.
 size_t plan(CriticHeadWork& work, bool with_wgrad, int threads, void* base) {

@@ -22,4 +22,14 @@ SimdLevel best_simd_level();
 SimdLevel simd_level();
 void set_simd_level(SimdLevel level);
 
+// `tasks` of the namespace that belongs to the level in use; levels beyond avx512 share its kernels.
+#ifdef LCT_X86
+#define LCT_AT_LEVEL(tasks)                                               \
+  (::lct::simd_level() >= ::lct::SimdLevel::avx512 ? ::lct::avx512::tasks \
+   : ::lct::simd_level() == ::lct::SimdLevel::avx2 ? ::lct::avx2::tasks   \
+                                                   : ::lct::scalar::tasks)
+#else
+#define LCT_AT_LEVEL(tasks) (::lct::scalar::tasks)
+#endif
+
 }  // namespace lct

@@ -25,22 +25,14 @@ constexpr int64_t kMostChunks = 256;
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t rounded_up(int64_t n, int64_t to) { return pieces(n, to) * to; }
 
-const GroupLinearTasks& tasks() {
-  switch (simd_level()) {
-#ifdef LCT_X86
-    case SimdLevel::avx512: return avx512::group_linear_tasks;
-    case SimdLevel::avx2: return avx2::group_linear_tasks;
-#endif
-    default: return scalar::group_linear_tasks;
-  }
-}
+const GroupLinearTasks& tasks() { return LCT_AT_LEVEL(group_linear_tasks); }
 
 // Whether the AVX-512 kernels may multiply bf16 in pairs.
 bool has_bf16_products() {
 #ifdef LCT_X86
   unsigned a, b, c, d;
   constexpr unsigned avx512_bf16 = 1u << 5;
-  return simd_level() == SimdLevel::avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
+  return simd_level() >= SimdLevel::avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
 #else
   return false;
 #endif

@@ -39,16 +39,7 @@ int64_t bits_of(int64_t codewords) {
   return bits;
 }
 
-const VqTasks& tasks() {
-  switch (simd_level()) {
-#ifdef LCT_X86
-    case SimdLevel::avx512vnni:
-    case SimdLevel::avx512: return avx512::vq_tasks;
-    case SimdLevel::avx2: return avx2::vq_tasks;
-#endif
-    default: return scalar::vq_tasks;
-  }
-}
+const VqTasks& tasks() { return LCT_AT_LEVEL(vq_tasks); }
 
 // The filter where it can be used and is worth while, else null.
 const VqFilter* filter_for(const VqEncode& args) {
