@@ -1,7 +1,7 @@
 """What is measured: a bench has shapes, a shape makes a case, a case has contenders that do the same job."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,11 +60,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Place:
-    """Where to measure: device "cpu" or "cuda", backends of ours (none: every kernel), rivals beyond torch."""
+    """Where to measure: device "cpu" or "cuda", backends of ours (none: every kernel), rivals beyond torch.
+
+    against: parts of names; only rivals that have one of them take part (none: all).
+    """
 
     device: str = "cpu"
     backends: tuple[str, ...] = ()
     rivals: bool = False
+    against: tuple[str, ...] = ()
 
     def running(self, *names: str) -> list[str]:
         """The backends that run all these ops here. Raises ValueError, with the reasons, where there is none."""
@@ -122,7 +126,16 @@ class Bench:
 
     def case(self, shape: str, place: Place) -> Case:
         """The case of a shape. Raises ValueError where the shape does not fit or no backend of ours can run."""
-        return self.build(place, **self.parse(shape))
+        case = self.build(place, **self.parse(shape))
+        if not place.against:
+            return case
+        kept = [c for c in case.contenders if c.name == OURS or any(part in c.name for part in place.against)]
+        if all(c.name == OURS for c in kept):
+            names = ", ".join(sorted({c.name for c in case.contenders} - {OURS}))
+            raise ValueError(
+                f"no rival of {self.name} is called {' or '.join(place.against)}; there are {names}"
+            )
+        return replace(case, contenders=kept)
 
 
 def normal(draw: torch.Generator, *shape: int) -> Tensor:

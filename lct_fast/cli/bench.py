@@ -31,6 +31,13 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "ops", nargs="*", metavar="OP", help="such as critic_head, or vq for all of vq's (default: every op)"
     )
     parser.add_argument("--rivals", action="store_true", help="also other packages, those that are installed")
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only rivals with this in their name, such as faiss; repeat for more (default: all)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, help="of every contender on the CPU (default: torch's)")
     parser.add_argument(
@@ -82,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a file to write, got the folder {args.out}")
     plan = report.Plan(
         benches=cases.find(args.ops),
-        place=Place(args.device, tuple(args.backend), args.rivals),
+        place=Place(args.device, tuple(args.backend), args.rivals, tuple(args.against)),
         samples=samples,
         shapes=tuple(args.shape),
         budget_s=args.budget,

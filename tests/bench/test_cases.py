@@ -104,3 +104,13 @@ def test_a_shape_that_does_not_fit_is_told_the_form(shape: str) -> None:
 def test_a_backend_that_cannot_run_is_told() -> None:
     with pytest.raises(ValueError, match="triton: it is not measured on cpu"):
         BENCHES["critic_head"].case("32,8,10,f32", Place(backends=("triton",)))
+
+
+def test_only_the_rivals_that_are_named_take_part() -> None:
+    bench = BENCHES["critic_head"]
+    case = bench.case(bench.tiny, Place(against=("eager",)))
+    assert {each.name for each in case.contenders} == {OURS, "torch eager"}
+    with pytest.raises(
+        ValueError, match="no rival of critic_head is called abacus; there are torch compile|torch eager"
+    ):
+        bench.case(bench.tiny, Place(against=("abacus",)))
