@@ -108,3 +108,31 @@ def test_kernel_table_is_the_result_file() -> None:
         times = [f"{found[c]['us_p50'] / 1e3:.2f}" for c in contenders]
         assert cells == [*times, f"{found['lct_fast']['times_as_fast_as_best_rival']:.2f}x"], shape
     assert len(rows) * len(contenders) == len(loaded)
+
+
+# The rows of the table of the other ops, in order: file, op, shape.
+OPS = (
+    ("bn_relu_pool_cpu", "bn_relu_pool_critic_head", "128,64,32,32,2,f32,first"),
+    ("group_linear_cpu", "group_linear", "4096,512,512,10,relu,f32"),
+    ("group_linear_cpu", "group_linear", "4096,512,512,10,relu,bf16"),
+    ("vq_cpu", "vq_encode", "131072,1,4,256,f32,uniform"),
+    ("vq_cpu", "vq_encode", "131072,1,8,256,f32,uniform"),
+    ("vq_cpu", "vq_encode", "131072,1,32,256,f32,uniform"),
+    ("vq_cpu", "vq_encode", "65536,1,64,1024,f32,uniform"),
+    ("block_quantize_cpu", "block_quantize", "16777216,int4,f32"),
+)
+
+
+def test_table_of_the_other_ops_is_the_result_files() -> None:
+    rows = _rows("The other ops on the CPU")
+    assert len(rows) == len(OPS)
+    for (_, ours, rival, times, *_), (file, op, shape) in zip(rows, OPS, strict=True):
+        report = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
+        assert not report["failed_checks"] and not report["quiet"], (
+            "the text says that the runs were disturbed"
+        )
+        found = {r["contender"]: r["us_p50"] for r in report["rows"] if (r["op"], r["shape"]) == (op, shape)}
+        mine = found.pop("lct_fast")
+        best = min(found.values())
+        assert (ours, rival) == (f"{mine / 1e3:.2f}", f"{best / 1e3:.2f}"), shape
+        assert times.split(",")[0] == f"{best / mine:.2f}x", shape
