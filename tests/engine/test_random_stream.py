@@ -1,0 +1,47 @@
+"""A group's random numbers go on where they were, are its own, and touch nobody else's."""
+
+import torch
+
+from lct_fast.engine.random_stream import RandomStream
+
+HOST = torch.device("cpu")
+
+
+def test_a_stream_goes_on_and_leaves_the_rest_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one, other = RandomStream(7, 0, HOST), RandomStream(7, 1, HOST)
+    drawn = []
+    for stream in (one, other, one):
+        with stream.active():
+            drawn.append(torch.rand(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    first, elsewhere, second = drawn
+    assert not torch.equal(first, second) and not torch.equal(first, elsewhere)
+    with RandomStream(7, 0, HOST).active():
+        assert torch.equal(torch.rand(4), first) and torch.equal(torch.rand(4), second)
+    with RandomStream(8, 0, HOST).active():
+        assert not torch.equal(torch.rand(4), first)
+
+
+def test_a_restored_stream_goes_on() -> None:
+    one, again = RandomStream(7, 2, HOST), RandomStream(9, 0, HOST)
+    with one.active():
+        torch.rand(5)
+    again.state = {name: state.clone() for name, state in one.state.items()}
+    with one.active():
+        expected = torch.rand(5)
+    with again.active():
+        assert torch.equal(torch.rand(5), expected)
+
+
+def test_an_error_inside_gives_the_outside_back() -> None:
+    before = torch.get_rng_state()
+    stream = RandomStream(1, 0, HOST)
+    try:
+        with stream.active():
+            torch.rand(3)
+            raise KeyError
+    except KeyError:
+        pass
+    assert torch.equal(torch.get_rng_state(), before)
