@@ -14,7 +14,8 @@ class Cast(Codec):
     name = "bf16"
 
     def encode(self, h: Tensor) -> Encoded:
-        return Encoded((dense(h).to(torch.bfloat16),), Layout.of(h))
+        x = dense(h)
+        return Encoded((x.to(torch.bfloat16),), Layout.of(x))
 
     def decode(self, encoded: Encoded) -> Tensor:
         return encoded.only(self.name, torch.bfloat16).to(encoded.layout.dtype)

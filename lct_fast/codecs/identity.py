@@ -13,7 +13,8 @@ class Identity(Codec):
     name = "none"
 
     def encode(self, h: Tensor) -> Encoded:
-        return Encoded((dense(h),), Layout.of(h))
+        x = dense(h)
+        return Encoded((x,), Layout.of(x))
 
     def decode(self, encoded: Encoded) -> Tensor:
         return encoded.only(self.name)

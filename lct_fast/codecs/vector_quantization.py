@@ -57,6 +57,8 @@ class VectorQuantization(Codec):
         self.drifts: deque[Late] = deque()
         self.code_bytes = self.codebook_bytes = 0
         self.batches = 0
+        # Whether the consumer lacks the codebook that is in use; never between two calls of encode.
+        self._unsent = False
         # The consumer's.
         self.known: Tensor | None = None
         self.known_version = 0
@@ -97,17 +99,20 @@ class VectorQuantization(Codec):
     def decode(self, encoded: Encoded) -> Tensor:
         codes, *rest = encoded.tensors
         layout = encoded.layout
-        if rest:
-            if len(rest) > 1 or rest[0].dtype != torch.bfloat16:
-                raise CodecError(f"{self.name}: expected a codebook in bf16, got {[t.dtype for t in rest]}")
-            self.known, self.known_version = rest[0].float(), encoded.version
-        if self.known is None or encoded.version != self.known_version:
-            raise CodecError(f"{self.name}: expected codebook {self.known_version}, got {encoded.version}")
+        if len(layout.shape) < 2:
+            raise CodecError(f"{self.name}: expected rows of channels, got shape {list(layout.shape)}")
         channels = layout.shape[1] if len(layout.shape) == 4 else layout.shape[-1]
-        if self.known.shape != (channels // self.depth, self.codewords, self.depth):
+        if rest and (len(rest) > 1 or rest[0].dtype != torch.bfloat16):
+            raise CodecError(f"{self.name}: expected a codebook in bf16, got {[t.dtype for t in rest]}")
+        known = rest[0].float() if rest else self.known
+        if known is None or (not rest and encoded.version != self.known_version):
+            raise CodecError(f"{self.name}: expected codebook {self.known_version}, got {encoded.version}")
+        whole = channels > 0 and channels % self.depth == 0
+        if not whole or known.shape != (channels // self.depth, self.codewords, self.depth):
             raise CodecError(
-                f"{self.name}: a codebook {list(self.known.shape)} does not belong to {channels} channels"
+                f"{self.name}: a codebook {list(known.shape)} does not belong to {channels} channels"
             )
+        self.known, self.known_version = known, encoded.version
         dtype = layout.dtype if layout.dtype in _FLOATS else torch.float32
         try:
             x = ops.vq_decode(codes, self.known, layout.size // channels, dtype)
@@ -138,9 +143,6 @@ class VectorQuantization(Codec):
         self.codebook, self.sent, self.known = place("codebook"), place("sent"), place("known")
         counts, sums = place("counts"), place("sums")
         self.averages = None if counts is None or sums is None else ops.VQState(counts, sums)
-
-    # Whether the consumer lacks the codebook that is in use.
-    _unsent = False
 
     def _start(self, x: Tensor) -> None:
         """k-means of the first batch, from a few rows spread over it and vectors drawn by their error."""

@@ -185,6 +185,20 @@ def test_what_cannot_be_decoded_is_refused() -> None:
     ]:
         with pytest.raises(CodecError, match=message):
             codec.decode(bad)
+    seven = Layout((4, 7, 4, 4), (112, 1, 28, 7), torch.float32)
+    none = Layout((4, 0, 4, 4), (0, 1, 0, 0), torch.float32)
+    for layout, message in [
+        (seven, "does not belong to 7 channels"),
+        (none, "does not belong to 0 channels"),
+        (Layout((6,), (1,), torch.float32), "expected rows of channels"),
+        (Layout((), (), torch.float32), "expected rows of channels"),
+    ]:
+        with pytest.raises(CodecError, match=message):
+            codec.decode(replace(good, layout=layout))
+    # A codebook that does not fit leaves the one there is.
+    with pytest.raises(CodecError, match="does not belong"):
+        codec.decode(replace(good, tensors=(codes, torch.zeros(3, 9, 2).bfloat16()), version=2))
+    codec.decode(good)
     with pytest.raises(CodecError, match="expected codebook 0, got 1"):
         codecs.build("vq:8,2").decode(good)
     x = torch.randn(4, 8)
