@@ -195,6 +195,8 @@ def test_what_cannot_be_decoded_is_refused() -> None:
     ]:
         with pytest.raises(CodecError, match=message):
             codec.decode(replace(good, layout=layout))
+    with pytest.raises(CodecError, match="does not belong to 0 channels"):
+        codec.decode(replace(good, tensors=(codes, torch.zeros(0, 8, 2).bfloat16()), layout=none))
     # A codebook that does not fit leaves the one there is.
     with pytest.raises(CodecError, match="does not belong"):
         codec.decode(replace(good, tensors=(codes, torch.zeros(3, 9, 2).bfloat16()), version=2))
