@@ -33,7 +33,7 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 class Config:
     """Options of ``lct-fast train``; names with ``_`` are written with ``-`` on the command line."""
 
-    data: str = _option("digits", "digits | cifar10:PATH | cifar100:PATH | images:DIR")
+    data: str = _option("digits", "digits | digits:fold=0..4 | cifar10:PATH | cifar100:PATH | images:DIR")
     limit: int | None = _option(None, "train on this many images, balanced over the classes")
     model: str = _option(None, "a model's spec, e.g. lct_vgg:width=0.25")
     method: str = _option("local-critic", "how groups learn", METHODS)
@@ -112,7 +112,7 @@ def resolve(given: dict[str, Any]) -> Config:
             raise ConfigError(f"unknown config key {key!r}: {hint}")
     values = {k: _typed(known[k], v) for k, v in given.items() if v is not None}
     config = Config(**values)
-    table = _DIGITS if config.data == "digits" else _IMAGES
+    table = _DIGITS if config.data.partition(":")[0] == "digits" else _IMAGES
     for key, value in table.items():
         if getattr(config, key) is None:
             setattr(config, key, value)

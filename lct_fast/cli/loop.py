@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from lct_fast.cli.config import Config
@@ -14,9 +15,17 @@ from lct_fast.engine.exits import Evaluation
 _CHECKPOINT, _FLUSHED = 1, 2
 
 
+@dataclass(frozen=True, slots=True)
+class Final:
+    """Evaluation of what was trained; ``coded`` with codecs on the cuts as in training, None where they are exact."""
+
+    plain: Evaluation
+    coded: Evaluation | None
+
+
 def run_here(
     config: Config, trainer: Trainer, recorder: Recorder, batches: Batches, test: Batches, checkpoints: Path
-) -> Evaluation:
+) -> Final:
     """Trains to the end in this process, and returns the evaluation of what was trained."""
     recorder.begin()
     while trainer.batch < recorder.steps:
@@ -39,7 +48,7 @@ def run_here(
     trainer.flush()
     # After flush no feedback is owed, so this is what evaluation and export read.
     checkpoint.save(trainer, checkpoints, recorder.position())
-    return _result(trainer, test)
+    return Final(_result(trainer, test), _result(trainer, test, coded=True) if trainer.lossy else None)
 
 
 def drive(
@@ -66,12 +75,15 @@ def drive(
     trainer.mark(_FLUSHED)
     save()
     trainer.evaluate((x, y) for _, x, y in test.epoch(0))
+    if trainer.lossy:
+        trainer.evaluate(((x, y) for _, x, y in test.epoch(0)), coded=True)
     trainer.stop()
 
 
-def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Evaluation | None:
+def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Final | None:
     """Trains one of the other groups to the end; the last group's process gets the final evaluation."""
-    result, flushed = None, False
+    results: list[Evaluation] = []
+    flushed = False
     if trainer.last:
         recorder.begin()
     for event in trainer.events():
@@ -85,11 +97,11 @@ def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Evaluatio
             if trainer.last:
                 recorder.record(event)
         elif flushed:
-            result = event
+            results.append(event)
         else:
             recorder.epoch(event)
     recorder.end()
-    return result
+    return Final(results[0], results[1] if trainer.lossy else None) if results else None
 
 
 def end(trainer: Trainer) -> None:
@@ -108,7 +120,7 @@ def _saves(config: Config, recorder: Recorder, done: int) -> bool:
     return done < recorder.steps and (done % every == 0 if every else recorder.ends_epoch(done))
 
 
-def _result(trainer: Trainer, test: Batches) -> Evaluation:
-    result = trainer.evaluate((x, y) for _, x, y in test.epoch(0))
+def _result(trainer: Trainer, test: Batches, coded: bool = False) -> Evaluation:
+    result = trainer.evaluate(((x, y) for _, x, y in test.epoch(0)), coded)
     assert result is not None, "in one process evaluate returns its result"
     return result

@@ -17,7 +17,6 @@ from lct_fast.cli.info import device_name
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
 from lct_fast.engine import Trainer, checkpoint
-from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
 from lct_fast.engine.trace import write_trace
@@ -121,7 +120,7 @@ def _print_map(trainer: Trainer) -> None:
 
 
 def _summary(
-    config: Config, trainer: Trainer, meter: Meter, recorder: Recorder, result: Evaluation, data_name: str
+    config: Config, trainer: Trainer, meter: Meter, recorder: Recorder, result: loop.Final, data_name: str
 ) -> dict[str, Any]:
     on_cpu = all(w.device.type == "cpu" for w in trainer.workers)
     # One process that runs one group after the other has no pipeline to have a bubble or a transfer to hide.
@@ -140,8 +139,9 @@ def _summary(
         "seed": config.seed,
         "steps": trainer.batch,
         "epochs": config.epochs,
-        "test_accuracy": result.accuracy[-1],
-        "exit_test_accuracy": result.accuracy,
+        "test_accuracy": result.plain.accuracy[-1],
+        "exit_test_accuracy": result.plain.accuracy,
+        "coded_exit_test_accuracy": result.coded and result.coded.accuracy,
         "step_seconds_median": meter.step_seconds_median(),
         "seconds": recorder.seconds,
         "wire_bytes_per_sample": meter.per_sample(meter.wire_bytes),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from lct_fast.codecs.block_quantization import KINDS, BlockQuantization
 from lct_fast.codecs.cast import Cast
 from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout, dense
+from lct_fast.codecs.downsample import Downsample
 from lct_fast.codecs.identity import Identity
+from lct_fast.codecs.top_k import TopK
 from lct_fast.codecs.vector_quantization import VectorQuantization
 
-_FORMS = ("none", "bf16", *(f"{kind}[:BLOCK]" for kind in KINDS), "vq:K,D")
+_FORMS = ("none", "bf16", *(f"{kind}[:BLOCK]" for kind in KINDS), "vq:K,D", "topk:N", "downsample:F[+CODEC]")
 
 
 def names() -> list[str]:
@@ -21,11 +23,14 @@ def build(spec: str) -> Codec:
 
     Args:
         spec: "none", "bf16"; "fp8", "int8", "int4" or "int2", with ":BLOCK" for blocks of other than 64 values; or
-            "vq:K,D", K words for vectors of D channels.
+            "vq:K,D", K words for vectors of D channels; "topk:N", one value in N; or "downsample:F", feature maps F
+            times smaller each way, with "+" and another spec for how these are coded.
 
     Raises:
         ValueError: unknown name, or numbers that do not fit.
     """
+    if spec.startswith("downsample"):
+        return _downsample(spec)
     name, _, rest = spec.partition(":")
     numbers = [part.strip() for part in rest.split(",")] if rest else []
     if not all(n.isdecimal() for n in numbers):
@@ -39,7 +44,19 @@ def build(spec: str) -> Codec:
         return BlockQuantization(name, *values)
     if name == "vq" and len(values) == 2:
         return VectorQuantization(*values)
+    if name == "topk" and len(values) == 1:
+        return TopK(*values)
     raise ValueError(f"unknown codec {spec!r}: choose one of {', '.join(_FORMS)}")
+
+
+def _downsample(spec: str) -> Codec:
+    own, _, inner = spec.partition("+")
+    factor = own.removeprefix("downsample:")
+    if not factor.isdecimal() or inner.startswith("downsample"):
+        raise ValueError(
+            f"codec {spec!r}: expected downsample:F or downsample:F+CODEC, as in downsample:2+int4"
+        )
+    return Downsample(int(factor), build(inner or "none"))
 
 
 __all__ = [
@@ -47,9 +64,11 @@ __all__ = [
     "Cast",
     "Codec",
     "CodecError",
+    "Downsample",
     "Encoded",
     "Identity",
     "Layout",
+    "TopK",
     "VectorQuantization",
     "build",
     "dense",

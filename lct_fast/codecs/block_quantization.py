@@ -26,7 +26,7 @@ class BlockQuantization(Codec):
         self.kind, self.block = kind, block
         self.name = kind if block == 64 else f"{kind}:{block}"
 
-    def encode(self, h: Tensor) -> Encoded:
+    def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
         x = dense(h)
         wide = x if x.dtype in _FLOATS else x.float()
         return Encoded(tuple(ops.block_quantize(wide, self.kind, self.block)), Layout.of(x))

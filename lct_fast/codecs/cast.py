@@ -13,7 +13,7 @@ class Cast(Codec):
 
     name = "bf16"
 
-    def encode(self, h: Tensor) -> Encoded:
+    def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
         x = dense(h)
         return Encoded((x.to(torch.bfloat16),), Layout.of(x))
 

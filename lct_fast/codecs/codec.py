@@ -89,8 +89,14 @@ class Codec:
             ValueError: says what would fit.
         """
 
-    def encode(self, h: Tensor) -> Encoded:
-        """What travels of `h`, which is detached."""
+    def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
+        """What travels of `h`, which is detached.
+
+        Without `learn` no state changes: for evaluation, in training's own code.
+
+        Raises:
+            CodecError: without `learn`, before a codec that learns has seen its first batch.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no encode()")
 
     def decode(self, encoded: Encoded) -> Tensor:
@@ -100,6 +106,11 @@ class Codec:
             CodecError: tensors that do not belong together, or another version of the state.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no decode()")
+
+    @property
+    def exact(self) -> bool:
+        """Whether decoding gives back the tensor itself."""
+        return self.name == "none"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and plain data."""
@@ -112,3 +123,10 @@ class Codec:
 def dense(t: Tensor) -> Tensor:
     """`t` if its elements fill one run of memory in some order of dimensions, else a contiguous copy."""
     return t if torch.ops.aten.is_non_overlapping_and_dense(t) else t.contiguous()
+
+
+def laid_out(x: Tensor, layout: Layout) -> Tensor:
+    """`x`, of the layout's shape, with its strides and dtype: itself if it has them, else a copy."""
+    if x.dtype == layout.dtype and x.stride() == layout.stride:
+        return x
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=x.device).copy_(x)

@@ -12,7 +12,7 @@ class Identity(Codec):
 
     name = "none"
 
-    def encode(self, h: Tensor) -> Encoded:
+    def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
         x = dense(h)
         return Encoded((x,), Layout.of(x))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lct_fast import ops
-from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout
+from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout, laid_out
 from lct_fast.codecs.late import Late
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,8 +71,12 @@ class VectorQuantization(Codec):
                 f"{', '.join(str(d) for d in range(2, 17) if channels % d == 0) or channels}"
             )
 
-    def encode(self, h: Tensor) -> Encoded:
+    def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
         x = _rows(h)
+        if not learn:
+            if self.sent is None:
+                raise CodecError(f"{self.name}: there is no codebook before the first batch of training")
+            return Encoded((ops.vq_encode(x, self.sent, 0).codes,), Layout.of(h), self.version)
         if self.codebook is None:
             self._start(x)
         elif self._due():
@@ -195,7 +199,4 @@ def _from_rows(x: Tensor, layout: Layout) -> Tensor:
     if len(shape) == 4:
         samples, channels, height, width = shape
         x = x.view(samples, height, width, channels).permute(0, 3, 1, 2)
-    x = x.view(shape)
-    if x.dtype == layout.dtype and x.stride() == layout.stride:
-        return x
-    return torch.empty_strided(shape, layout.stride, dtype=layout.dtype, device=x.device).copy_(x)
+    return laid_out(x.view(shape), layout)

@@ -16,7 +16,7 @@ from .image_data import ImageData, take
 __all__ = ["Batches", "DataError", "ImageData", "load", "names"]
 
 _FORMS = {
-    "digits": "digits",
+    "digits": "digits or digits:fold=0 (to 4)",
     "cifar10": "cifar10:PATH",
     "cifar100": "cifar100:PATH",
     "images": "images:PATH or images:PATH?size=64",
@@ -31,10 +31,10 @@ def names() -> list[str]:
 def load(spec: str, cache: Path | None = None, limit: int | None = None) -> ImageData:
     """The data set that ``spec`` names, in memory.
 
-    spec: "digits", "cifar10:PATH", "cifar100:PATH", "images:PATH", "images:PATH?size=64". PATH is a folder or
-    an archive (see docs/data.md). cache: folder for decoded sets; None: $LCT_CACHE, else ~/.cache/lct_fast.
-    limit: this many training images, balanced over the classes after a fixed shuffle; the test split stays
-    whole.
+    spec: "digits", "digits:fold=0" to 4 (tested on that fifth), "cifar10:PATH", "cifar100:PATH", "images:PATH",
+    "images:PATH?size=64". PATH is a folder or an archive (see docs/data.md). cache: folder for decoded sets; None:
+    $LCT_CACHE, else ~/.cache/lct_fast. limit: this many training images, balanced over the classes after a fixed
+    shuffle; the test split stays whole.
 
     Raises DataError, one line, for an unknown name, a wrong path, or files that are missing, corrupt or not
     as expected.
@@ -43,7 +43,7 @@ def load(spec: str, cache: Path | None = None, limit: int | None = None) -> Imag
     if path is None:
         from .digits import load_digits
 
-        data = load_digits()
+        data = load_digits(_fold(spec))
     else:
         data = _read(name, path, size, cache)
     return data if limit is None else take(data, limit)
@@ -62,6 +62,19 @@ def _read(name: str, path: Path, size: int | None, cache: Path | None) -> ImageD
         ) from None
 
 
+def _fold(spec: str) -> int | None:
+    """ "digits:fold=3" -> 3, "digits" -> None."""
+    from .digits import FOLDS
+
+    _, colon, rest = spec.partition(":")
+    if not colon:
+        return None
+    number = rest.removeprefix("fold=")
+    if not rest.startswith("fold=") or not number.isdecimal() or int(number) >= FOLDS:
+        raise DataError(f"data: expected digits or digits:fold=0 to digits:fold={FOLDS - 1}, got {spec!r}")
+    return int(number)
+
+
 def _parse(spec: str) -> tuple[str, Path | None, int | None]:
     """ "name:PATH?size=S" -> (name, PATH, S)."""
     name, colon, rest = spec.partition(":")
@@ -70,8 +83,6 @@ def _parse(spec: str) -> tuple[str, Path | None, int | None]:
             f"data: expected one of {', '.join(_FORMS.values())}, got {spec!r}; choose one of them"
         )
     if name == "digits":
-        if colon:
-            raise DataError(f"data: expected digits alone, got {spec!r}; leave out what follows the name")
         return name, None, None
     size = None
     option = re.search(r"\?(\w+)=([^/?]*)$", rest)

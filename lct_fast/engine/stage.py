@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_fast.codecs import CodecError, dense
+from lct_fast.codecs import Codec, CodecError, Identity, dense
 from lct_fast.engine import packet as wire
 from lct_fast.engine.errors import PacketError
 from lct_fast.engine.exits import Evaluation, summed
@@ -38,8 +38,6 @@ class Stage:
     Args:
         worker: the group.
         ranks: where it stands.
-
-    Codecs are for training; evaluation sends tensors as they are.
 
     Attributes:
         batch: number of the next batch.
@@ -86,11 +84,11 @@ class Stage:
         losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
         return self._train(worker.place(x), y.to(worker.device), losses)
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation | None:
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], coded: bool) -> Evaluation | None:
         """Sends the batches down the stream; the last group's process gets the result."""
         for x, y in batches:
             h, target = self.worker.place(x), y.to(self.worker.device)
-            self._evaluate(h, target, torch.zeros(self.ranks.size, 4, dtype=torch.float64, device=h.device))
+            self._evaluate(h, target, self._no_scores(h.device), coded)
         return self._evaluated()
 
     def mark(self, code: int) -> None:
@@ -135,8 +133,8 @@ class Stage:
                 yield self._train(worker.place(self._decode(packet)), target, losses.clone())
                 continue
             if packet.kind is Kind.EVALUATE:
-                h, target, scores = packet.tensors
-                self._evaluate(worker.place(h), target, scores.clone())
+                target, scores = packet.tensors
+                self._evaluate(worker.place(self._decode(packet)), target, scores.clone(), bool(packet.value))
                 continue
             inbox.release()
             if packet.kind is Kind.EVALUATED:
@@ -189,7 +187,9 @@ class Stage:
         return coded.nbytes
 
     def _decode(self, packet: Packet) -> Tensor:
-        decoder = self.worker.decoder
+        decoder: Codec | None = self.worker.decoder
+        if packet.kind is Kind.EVALUATE and not packet.value:
+            decoder = Identity()
         assert decoder is not None
         if packet.coded is None or packet.codec != wire.codec_number(decoder.name):
             raise PacketError(
@@ -197,7 +197,7 @@ class Stage:
                 f"the same codec"
             )
         try:
-            return self.worker.decode(packet.coded)
+            return self.worker.decode(packet.coded, decoder)
         except CodecError as error:
             raise PacketError(f"batch {packet.batch}: {error}") from None
 
@@ -215,12 +215,26 @@ class Stage:
             worker.receive_feedback(batch, packet.tensors[0].clone())
             self.feedback.release()
 
-    def _evaluate(self, h: Tensor, target: Tensor, scores: Tensor) -> None:
+    def _no_scores(self, device: torch.device) -> Tensor:
+        return torch.zeros(self.ranks.size, 4, dtype=torch.float64, device=device)
+
+    def _evaluate(self, h: Tensor, target: Tensor, scores: Tensor, coded: bool) -> None:
         h, scores[self.worker.index] = self.worker.evaluate(h, target)
         if self.outbox is None:
             self._scores += scores.cpu()
         else:
-            self.outbox.put(Packet(Kind.EVALUATE, self.batch - 1, [dense(h), dense(target), scores]))
+            encoder = self.worker.encoder if coded else Identity()
+            assert encoder is not None
+            self.outbox.put(
+                Packet(
+                    Kind.EVALUATE,
+                    self.batch - 1,
+                    [dense(target), scores],
+                    int(coded),
+                    encoder.encode(h, learn=False),
+                    wire.codec_number(encoder.name),
+                )
+            )
         if self.inbox is not None:
             self.inbox.release()
 

@@ -81,6 +81,7 @@ class Trainer:
         channels_last: keep 4-d tensors in channels-last memory.
 
     Attributes:
+        wires: the codec's spec for each cut.
         groups: all groups; over processes, only this process's is trained here.
         workers: the groups trained in this process.
         first, last: whether this process trains the first, the last group.
@@ -136,7 +137,7 @@ class Trainer:
         self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
         self.schedule = schedule
-        wires = self._wires(codec)
+        self.wires = self._wires(codec)
         self.objective = Objective(loss, ignore_index)
         self.settings = Settings(
             method=method,
@@ -158,7 +159,7 @@ class Trainer:
             self.ranks = Ranks.join([g.units for g in self.groups], places[0])
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         # An end of a cut has a codec of its own.
-        ends = [None, *wires, None]
+        ends = [None, *self.wires, None]
         self.workers = [
             Worker(
                 k,
@@ -274,13 +275,14 @@ class Trainer:
         for worker in self.workers:
             worker.set_learning_rate(rate)
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation | None:
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], coded: bool = False) -> Evaluation | None:
         """Loss and accuracy of every exit over ``batches`` of (x, y), in evaluation mode.
 
+        What crosses the cuts is sent as it is, or ``coded`` as in training, with codecs that learn nothing meanwhile.
         Over processes, called in the first group's, the result is an event of the last group's; here it is None.
         """
         if isinstance(self._run, Stage):
-            return self._run.evaluate(batches)
+            return self._run.evaluate(batches, coded)
         self.settle()
         scores = torch.zeros(len(self.workers), 4, dtype=torch.float64)
         for x, y in batches:
@@ -288,9 +290,16 @@ class Trainer:
             for k, worker in enumerate(self.workers):
                 h, score = worker.evaluate(worker.place(h), y.to(worker.device))
                 scores[k] += score.cpu()
+                if coded and worker.encoder is not None:
+                    h = self.workers[k + 1].decode(worker.encoder.encode(h, learn=False))
         for worker in self.workers:
             worker.group.train()
         return summed(scores)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a codec on some cut changes what crosses it."""
+        return any(not codecs.build(spec).exact for spec in self.wires)
 
     def module(self, exit: int | None = None) -> nn.Module:
         """The network, or its exit ``exit`` (1-based), as a plain module that shares the trained parameters.

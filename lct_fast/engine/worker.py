@@ -176,11 +176,12 @@ class Worker:
         self.meter.raw_bytes += h.numel() * 4
         return coded
 
-    def decode(self, coded: Encoded) -> Tensor:
-        """h_{k-1}, on the group's device."""
-        assert self.decoder is not None, "nothing comes before the first group"
+    def decode(self, coded: Encoded, decoder: Codec | None = None) -> Tensor:
+        """h_{k-1}, on the group's device; by the cut's own decoder if no other is named."""
+        decoder = decoder or self.decoder
+        assert decoder is not None, "nothing comes before the first group"
         with self.meter.span("decode"):
-            return self.decoder.decode(coded.to(self.device))
+            return decoder.decode(coded.to(self.device))
 
     def mean(self, loss: Tensor, target: Tensor) -> Tensor:
         """Mean of a per-sample loss [N] over the rows that count, on the device."""

@@ -22,9 +22,12 @@ def test_names_all_have_a_form_that_load_knows() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("mnist", "expected one of digits, cifar10:PATH"),
+        ("mnist", "expected one of digits or digits:fold=0 .to 4., cifar10:PATH"),
         ("", "expected one of"),
-        ("digits:here", "leave out"),
+        ("digits:here", "expected digits or digits:fold=0 to digits:fold=4, got 'digits:here'"),
+        ("digits:fold=5", "got 'digits:fold=5'"),
+        ("digits:fold=", "got 'digits:fold='"),
+        ("digits:2", "got 'digits:2'"),
         ("images:?size=32", "say where"),
         ("images:x?size=0", "size=PIXELS"),
         ("images:x?size=", "size=PIXELS"),
@@ -51,6 +54,19 @@ def test_digits_keep_their_values_and_split(digits: ImageData) -> None:
     # The split is part of every published number: it must not move.
     assert torch.bincount(digits.test_labels).tolist() == [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
     assert digits.test_labels[:12].tolist() == data.load("digits").test_labels[:12].tolist()
+
+
+def test_five_folds_test_every_digit_once() -> None:
+    folds = [data.load(f"digits:fold={k}") for k in range(5)]
+    tested = torch.cat([f.test_images for f in folds]).flatten(1)
+    whole = torch.cat([folds[0].train_images, folds[0].test_images]).flatten(1)
+    assert len(tested) == len(whole) == 1797
+    assert torch.equal(tested.unique(dim=0, return_counts=True)[1], whole.unique(dim=0, return_counts=True)[1])
+    for k, fold in enumerate(folds):
+        assert len(fold.train_labels) + len(fold.test_labels) == 1797
+        counts = torch.bincount(fold.test_labels, minlength=10)
+        assert int(counts.max() - counts.min()) <= 3
+        assert torch.equal(data.load(f"digits:fold={k}").test_images, fold.test_images)
 
 
 def test_digits_splits_do_not_overlap(digits: ImageData) -> None:

@@ -1,0 +1,173 @@
+"""Accuracy and bytes of the wire codecs, each beside the same training without one, as committed result files.
+
+    python -m benchmarks.wire digits  --out benchmarks/results/wire_digits.json
+    python -m benchmarks.wire cifar10 --data DIR --out benchmarks/results/wire_cifar10.json
+
+Every codec is trained with the same seed and data as "none", so differences are taken in pairs: per fold of all 1,797
+digits and seed, or per seed on CIFAR-10. The interval is Student's, 95 %, over the pairs. Each run is one
+`lct-fast train`; run folders lie in --runs, and a run already complete there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+from benchmarks.accuracy import POOLED, Run, execute
+from lct_fast.data.digits import FOLDS
+
+METHODS = ("greedy", "local-critic")
+# Bits a value without codebooks.
+BITS = {
+    "none": 32.0,
+    "int4": 4.25,
+    "int2": 2.25,
+    "topk:16": 2.0,
+    "vq:256,4": 2.0,
+    "vq:256,8": 1.0,
+}
+
+
+def digits(codecs: Iterable[str], seeds: int) -> list[Run]:
+    """Every fold, codec, method and seed at the data set's default options, 4 groups."""
+    return [
+        Run(
+            f"{method}-{_safe(codec)}-fold{fold}-seed{seed}",
+            [
+                *("--data", f"digits:fold={fold}", "--method", method, "--groups", "4"),
+                *("--codec", codec, "--seed", str(seed)),
+            ],
+        )
+        for seed in range(seeds)
+        for fold in range(FOLDS)
+        for codec in codecs
+        for method in METHODS
+    ]
+
+
+def cifar10(codecs: Iterable[str], seeds: int, data: str, images: int, epochs: int) -> list[Run]:
+    """LCT's net (a) at a quarter of its width, 4 groups, critics on 4x4 pooling."""
+    return [
+        Run(
+            f"{method}-{_safe(codec)}-seed{seed}",
+            [
+                *("--data", f"cifar10:{data}", "--limit", str(images), "--model", "lct_vgg:width=0.25"),
+                *("--groups", "4", "--critic", POOLED, "--epochs", str(epochs), "--method", method),
+                *("--critic-lr", "1e-3", "--codec", codec, "--seed", str(seed)),
+            ],
+        )
+        for seed in range(seeds)
+        for codec in codecs
+        for method in METHODS
+    ]
+
+
+def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method and codec: accuracy of the last exit, bytes, and the paired difference from "none"."""
+    rows = []
+    for method in METHODS:
+        by_codec: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+        for r in results:
+            if r["method"] == method:
+                pair = (r["seed"], next((o for o in r["options"] if o.startswith("digits:")), ""))
+                by_codec.setdefault(r["codec"], {})[pair] = r
+        for codec, runs in by_codec.items():
+            pairs = sorted(runs.keys() & by_codec["none"].keys())
+            plain = [100 * (runs[p]["test_accuracy"] - by_codec["none"][p]["test_accuracy"]) for p in pairs]
+            coded = [100 * (_coded(runs[p]) - by_codec["none"][p]["test_accuracy"]) for p in pairs]
+            ratio = mean(r["raw_bytes_per_sample"] / r["wire_bytes_per_sample"] for r in runs.values())
+            rows.append(
+                {
+                    "method": method,
+                    "codec": codec,
+                    "runs": len(runs),
+                    "accuracy": mean(100 * r["test_accuracy"] for r in runs.values()),
+                    "accuracy_coded_evaluation": mean(100 * _coded(r) for r in runs.values()),
+                    "points_from_none": interval(plain),
+                    "points_from_none_coded_evaluation": interval(coded),
+                    "times_fewer_bytes": ratio,
+                    "times_fewer_bytes_without_codebooks": 32 / BITS[codec],
+                    "bytes_over_theory": 32 / BITS[codec] / ratio - 1,
+                }
+            )
+    return rows
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and the half-width of its 95 % interval; no interval from one value."""
+    if len(values) < 2:
+        return {"mean": mean(values), "half_width": None}
+    spread = stdev(values) / math.sqrt(len(values))
+    return {"mean": mean(values), "half_width": float(student.ppf(0.975, len(values) - 1)) * spread}
+
+
+def _coded(run: dict[str, Any]) -> float:
+    coded = run["coded_exit_test_accuracy"]
+    return float(coded[-1] if coded else run["test_accuracy"])
+
+
+def _safe(codec: str) -> str:
+    return codec.replace(":", "_").replace(",", "_")
+
+
+def main() -> int:
+    """Runs a suite and writes its result file after every run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", choices=("digits", "cifar10"))
+    parser.add_argument("--codecs", nargs="+", default=list(BITS), help="codecs, none among them")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds, from 0")
+    parser.add_argument("--data", help="cifar10: the data set's PATH")
+    parser.add_argument("--images", type=int, default=12500, help="cifar10: training images")
+    parser.add_argument("--epochs", type=int, default=8, help="cifar10: epochs")
+    parser.add_argument("--runs", type=Path, help="where run folders go (default runs/wire-SUITE)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of a run")
+    parser.add_argument("--out", type=Path, required=True, help="result file (JSON)")
+    args = parser.parse_args()
+    if args.suite == "cifar10" and not args.data:
+        parser.error("cifar10 needs --data PATH")
+    if "none" not in args.codecs or set(args.codecs) - set(BITS):
+        parser.error(f"--codecs: expected none and any of {', '.join(BITS)}")
+    if args.suite == "digits":
+        runs = digits(args.codecs, args.seeds)
+    else:
+        runs = cifar10(args.codecs, args.seeds, args.data, args.images, args.epochs)
+    folder = args.runs or Path("runs") / f"wire-{args.suite}"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for result in pool.map(lambda run: execute(run, folder, args.threads), runs):
+            results.append(result)
+            if any(r["codec"] == "none" and r["method"] == result["method"] for r in results):
+                rows = table([r for r in results if r["method"] in _based(results)])
+                args.out.write_text(
+                    json.dumps({"suite": args.suite, "rows": rows, "runs": results}, indent=1) + "\n"
+                )
+    for row in rows:
+        difference, half = row["points_from_none"]["mean"], row["points_from_none"]["half_width"]
+        about = "" if half is None else f" +- {half:.2f}"
+        print(
+            f"{row['method']:<13} {row['codec']:<9} {row['accuracy']:6.2f} %  {difference:+.2f}{about} points  "
+            f"{row['times_fewer_bytes']:.1f}x fewer bytes"
+        )
+    return 0
+
+
+def _based(results: list[dict[str, Any]]) -> set[str]:
+    """Methods that have been trained without a codec."""
+    return {r["method"] for r in results if r["codec"] == "none"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
