@@ -70,6 +70,9 @@ class Config:
     autocast: str = _option("none", "mixed precision", ("none", "bf16"))
     compile: bool = _option(False, "run groups through torch.compile")
     channels_last: bool = _option(False, "channels-last memory")
+    checksum: bool | None = _option(
+        None, "over processes, check the contents of packets; default: on the CPU"
+    )
     device: str = _option("auto", "auto | cpu | cuda | cuda:0,cuda:1")
     threads: int | None = _option(None, "CPU threads; default: torch's")
     seed: int = _option(0, "seed of weights, order and augmentation")
@@ -202,7 +205,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if f.default is not None and f.default is not False:
             text += f" (default {f.default})"
         kinds = str(f.type)
-        if kinds == "bool":
+        if "bool" in kinds:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif "list" in kinds:
             parser.add_argument(flag, nargs="+", default=None, help=text)

@@ -44,6 +44,8 @@ class _Slot:
     # When the slot's last user on another stream is done; None on the host.
     event: torch.cuda.Event | None = None
     used: int = 0
+    # When it was put into the link, on the first group's clock.
+    sent: float = 0.0
 
 
 @dataclass
@@ -57,6 +59,7 @@ class _End(ABC):
         meter: of the group, for the trace; ``row`` names this end there.
         peer: who is there, for errors.
         ahead: seconds this process's clock is ahead of the first group's.
+        checksum: whether bodies sent from here carry a sum for the consumer to check.
     """
 
     transport: Transport
@@ -66,6 +69,7 @@ class _End(ABC):
     row: str
     peer: str
     ahead: float = 0.0
+    checksum: bool = True
     error: BaseException | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -144,7 +148,7 @@ class Outbox(_End):
             slot.used = wire.body_bytes(packet)
             self._room(slot, slot.used)
             wire.write(packet, slot.header, slot.body)
-            wire.stamp(slot.header, time.perf_counter() - self.ahead)
+            slot.sent = time.perf_counter() - self.ahead
             self._record(slot)
         self.full.put((slot, packet.kind, packet.batch))
 
@@ -160,6 +164,7 @@ class Outbox(_End):
             slot, kind, batch = item
             start = time.perf_counter()
             self._follow(slot)
+            wire.seal(slot.header, slot.body, slot.sent, self.checksum)
             self.transport.send(slot.header, slot.body[: slot.used] if slot.used else None)
             self._record(slot)
             self._trace(f"send {kind.name.lower()}", start, batch)

@@ -11,9 +11,13 @@ Word   meaning
 7      CRC-32 of the codec's name, 0 where nothing is coded
 8      version of the codec's state
 9      number of tensors that the codec made, the first ones
-10...  14 words: dtype, dimensions, 6 sizes, 6 strides (in elements) of what was coded
-24...  the same per tensor
-Each tensor starts at a multiple of 64 bytes in the body. Strides travel because kernels choose by layout.
+10     1 if the body is checked, else 0
+11     sum of the body's 64-bit words, modulo 2^64
+12     CRC-32 of all other words of the header
+13...  14 words: dtype, dimensions, 6 sizes, 6 strides (in elements) of what was coded
+27...  the same per tensor
+Each tensor starts at a multiple of 64 bytes in the body. Strides travel because kernels choose by layout. A sum sees
+every damaged word, at the speed of memory; it does not see words that change places.
 """
 
 from __future__ import annotations
@@ -30,12 +34,13 @@ from torch import Tensor
 from lct_fast.codecs import Encoded, Layout, dense
 from lct_fast.engine.errors import PacketError
 
-MAGIC = 0x6C63745F_0002
+MAGIC = 0x6C63745F_0003
 MAX_TENSORS = 4
 MAX_DIMENSIONS = 6
 MAX_BYTES = 1 << 40
 _PER_TENSOR = 2 + 2 * MAX_DIMENSIONS
-_LAYOUT = 10
+_CHECKED, _SUM, _CRC = 10, 11, 12
+_LAYOUT = 13
 _FIXED = _LAYOUT + _PER_TENSOR
 WORDS = _FIXED + MAX_TENSORS * _PER_TENSOR
 _ALIGN = 64
@@ -110,7 +115,7 @@ def body_bytes(packet: Packet) -> int:
 
 
 def write(packet: Packet, header: Tensor, body: Tensor) -> None:
-    """Fills ``header`` (int64 [WORDS], host) and ``body`` (uint8, at least ``body_bytes``) from a packet.
+    """Fills ``header`` (int64 [WORDS], host) and ``body`` (uint8, at least ``body_bytes``) from a packet; see ``seal``.
 
     Raises:
         PacketError: a tensor that is not dense, of an unknown type, or of too many dimensions.
@@ -120,9 +125,9 @@ def write(packet: Packet, header: Tensor, body: Tensor) -> None:
         raise PacketError(f"a packet carries at most {MAX_TENSORS} tensors, got {len(tensors)}")
     words = [MAGIC, packet.kind, packet.batch, packet.value, 0, body_bytes(packet), len(tensors)]
     if coded is None:
-        words += [0] * (3 + _PER_TENSOR)
+        words += [0] * (_FIXED - len(words))
     else:
-        words += [packet.codec, coded.version, len(coded.tensors), *_described(coded.layout)]
+        words += [packet.codec, coded.version, len(coded.tensors), 0, 0, 0, *_described(coded.layout)]
     offset = 0
     for t in tensors:
         if t.dtype not in DTYPES or t.dim() > MAX_DIMENSIONS or dense(t) is not t:
@@ -137,9 +142,15 @@ def write(packet: Packet, header: Tensor, body: Tensor) -> None:
     header.copy_(torch.tensor(words, dtype=torch.int64))
 
 
-def stamp(header: Tensor, seconds: float) -> None:
-    """Sets the time at which the packet was put into the link."""
+def seal(header: Tensor, body: Tensor, seconds: float, checksum: bool) -> None:
+    """Completes a header: the time at which the packet was put into the link, and what its consumer checks.
+
+    With ``checksum`` the body is summed; on a CUDA device the calling thread waits for that.
+    """
     header[4] = round(seconds * 1e9)
+    if checksum:
+        header[_CHECKED], header[_SUM] = 1, _sum(body[: int(header[5])])
+    header[_CRC] = _crc(header)
 
 
 def read_size(header: Tensor) -> int:
@@ -152,9 +163,14 @@ def read_size(header: Tensor) -> int:
         raise PacketError(
             f"packet: expected format {MAGIC:#x}, got {int(header[0]):#x}; do all processes run the same version?"
         )
+    crc = _crc(header)
+    if int(header[_CRC]) != crc:
+        raise PacketError(
+            f"packet header: its CRC-32 is {crc:#x}, expected {int(header[_CRC]):#x}: it was damaged on its way"
+        )
     size = int(header[5])
-    if not 0 <= size <= MAX_BYTES:
-        raise PacketError(f"packet size: expected 0..{MAX_BYTES} bytes, got {size}")
+    if not 0 <= size <= MAX_BYTES or size % _ALIGN:
+        raise PacketError(f"packet size: expected 0..{MAX_BYTES} bytes, a multiple of {_ALIGN}, got {size}")
     return size
 
 
@@ -170,6 +186,12 @@ def read(header: Tensor, body: Tensor) -> Packet:
         raise PacketError(f"packet kind: expected 1..{max(Kind)}, got {words[1]}")
     if size > body.numel():
         raise PacketError(f"packet size: expected at most {body.numel()} bytes, got {size}")
+    if words[_CHECKED] not in (0, 1):
+        raise PacketError(f"packet checked: expected 0 or 1, got {words[_CHECKED]}")
+    if words[_CHECKED] and words[_SUM] != (found := _sum(body[:size])):
+        raise PacketError(
+            f"packet body of batch {words[2]}: its sum is {found}, expected {words[_SUM]}: it was damaged on its way"
+        )
     if not 0 <= words[6] <= MAX_TENSORS:
         raise PacketError(f"packet tensors: expected 0..{MAX_TENSORS}, got {words[6]}")
     tensors: list[Tensor] = []
@@ -187,6 +209,15 @@ def read(header: Tensor, body: Tensor) -> Packet:
     if words[7]:
         _take_coded(packet, words)
     return packet
+
+
+def _sum(body: Tensor) -> int:
+    return int(body.view(torch.int64).sum())
+
+
+def _crc(header: Tensor) -> int:
+    data = header.numpy().tobytes()
+    return zlib.crc32(data[8 * _CRC + 8 :], zlib.crc32(data[: 8 * _CRC]))
 
 
 def _take_coded(packet: Packet, words: list[int]) -> None:

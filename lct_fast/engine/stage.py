@@ -64,6 +64,7 @@ class Stage:
 
     def _end(self, peer: int, direction: int, depth: int, row: str) -> dict[str, Any]:
         """The arguments of this process's end of a link to ``peer``."""
+        checksum = self.worker.settings.checksum
         data = self.ranks.backward if direction == _BACKWARD else self.ranks.forward
         return {
             "transport": ProcessTransport(peer, data, self.ranks.control, direction),
@@ -73,6 +74,7 @@ class Stage:
             "row": row,
             "peer": f"the process of group {peer + 1} ({self.ranks.places[peer]})",
             "ahead": self.ranks.ahead,
+            "checksum": self.worker.device.type == "cpu" if checksum is None else checksum,
         }
 
     # What the first group's process does.

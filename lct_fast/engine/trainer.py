@@ -79,6 +79,8 @@ class Trainer:
         autocast: ``torch.bfloat16`` to run layers and critics under autocast.
         compile: run each group's layers through ``torch.compile``.
         channels_last: keep 4-d tensors in channels-last memory.
+        checksum: over processes, whether the contents of packets carry a sum that the consumer checks (headers always
+            do); default: on the CPU.
 
     Attributes:
         wires: the codec's spec for each cut.
@@ -109,6 +111,7 @@ class Trainer:
         autocast: torch.dtype | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        checksum: bool | None = None,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -150,6 +153,7 @@ class Trainer:
             autocast=autocast,
             compile=compile,
             memory_format=torch.channels_last if channels_last else torch.preserve_format,
+            checksum=checksum,
         )
         count = len(self.groups)
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]

@@ -38,6 +38,7 @@ class Settings:
     autocast: torch.dtype | None = None
     compile: bool = False
     memory_format: torch.memory_format = torch.preserve_format
+    checksum: bool | None = None
 
 
 @dataclass(slots=True)

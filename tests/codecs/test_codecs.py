@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 
 import pytest
 import torch
@@ -50,7 +49,7 @@ def _error(codec: codecs.Codec, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("spec", [*COSTS, "vq:16,4"])
+@pytest.mark.parametrize("spec", [*COSTS, "vq:16,4", "topk:2"])
 def test_shape_strides_and_dtype_come_back(spec: str, name: str) -> None:
     codec, x = codecs.build(spec), TENSORS[name]
     assert codec.name == spec
@@ -71,6 +70,88 @@ def test_a_tensor_with_gaps_is_packed() -> None:
         codec = codecs.build(spec)
         y = codec.decode(codec.encode(x))
         assert y.shape == x.shape and y.is_contiguous()
+
+
+def test_top_k_keeps_the_largest_of_each_sample() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4) - 13
+    for layout in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        y = codecs.build("topk:6").decode(codecs.build("topk:6").encode(layout))
+        assert y.stride() == layout.stride()
+        expected = torch.zeros(2, 12)
+        expected[0, :2], expected[1, -2:] = torch.tensor([-13.0, -12.0]), torch.tensor([9.0, 10.0])
+        assert torch.equal(y.reshape(2, 12), expected)
+
+
+@pytest.mark.parametrize(("size", "bits"), [(1 << 16, 32), ((1 << 16) + 16, 48)])
+def test_top_k_costs_a_value_and_an_index(size: int, bits: int) -> None:
+    x = torch.zeros(2, size)
+    x[0, -1], x[1, 1 << 15] = 3.0, -5.0
+    codec = codecs.build("topk:16")
+    encoded = codec.encode(x)
+    assert encoded.nbytes * 8 == bits * 2 * size / 16
+    assert torch.equal(codec.decode(encoded), x)
+
+
+def test_a_damaged_index_stays_in_its_sample() -> None:
+    codec = codecs.build("topk:4")
+    encoded = codec.encode(torch.ones(2, 8, 3, 3))
+    values, index = encoded.tensors
+    for wrong in (-1, 72, 1 << 14):
+        y = codec.decode(replace(encoded, tensors=(values, torch.full_like(index, wrong))))
+        assert torch.equal(y.flatten(1)[:, -1], torch.ones(2)) and float(y.sum()) == 2
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_downsampling_averages_and_interpolates(channels_last: bool) -> None:
+    x = torch.randn(2, 8, 6, 7)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    codec = codecs.build("downsample:2")
+    encoded = codec.encode(x)
+    (small,) = encoded.tensors
+    assert small.shape == (2, 8, 3, 4)
+    torch.testing.assert_close(small[..., 0], x[..., :2].unflatten(2, (3, 2)).mean((3, 4)))
+    torch.testing.assert_close(small[..., 3], x[..., 6].unflatten(2, (3, 2)).mean(3))
+    y = codec.decode(encoded)
+    assert (y.shape, y.stride(), y.dtype) == (x.shape, x.stride(), x.dtype)
+    torch.testing.assert_close(y[:, :, 0, 0], small[:, :, 0, 0])
+    # Constant and linear maps survive away from the border.
+    ramp = torch.arange(8.0).expand(1, 8, 8, 8)
+    torch.testing.assert_close(codec.decode(codec.encode(ramp))[..., 1:-1], ramp[..., 1:-1])
+
+
+@pytest.mark.parametrize("inner", ["bf16", "int4", "vq:16,4", "topk:4"])
+def test_a_downsampled_map_is_coded_by_another_codec(inner: str) -> None:
+    x = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last)
+    both, alone = codecs.build(f"downsample:2+{inner}"), codecs.build(inner)
+    assert both.name == f"downsample:2+{inner}"
+    (small,) = codecs.build("downsample:2").encode(x).tensors
+    encoded, expected = both.encode(x), alone.encode(small)
+    assert encoded.version == expected.version and encoded.layout == Layout.of(x)
+    assert all(torch.equal(a, b) for a, b in zip(encoded.tensors, expected.tensors, strict=True))
+    wide = torch.nn.functional.interpolate(alone.decode(expected), (6, 6), mode="bilinear")
+    assert torch.equal(both.decode(encoded), wide)
+    other = codecs.build(f"downsample:2+{inner}")
+    other.load_state(both.state(), torch.device("cpu"))
+    assert torch.equal(other.decode(replace(encoded, tensors=both.encode(x, learn=False).tensors)), wide)
+
+
+@pytest.mark.parametrize("spec", ["none", "bf16", "int4", "topk:4", "downsample:2+vq:8,2", "vq:8,2"])
+def test_evaluation_changes_no_codec(spec: str) -> None:
+    codec = codecs.build(spec)
+    for step in range(5):
+        codec.decode(codec.encode(_clusters(16, shift=step / 2, seed=step)))
+    before = {n: v.clone() if isinstance(v, Tensor) else v for n, v in codec.state().items()}
+    x = _clusters(16, seed=9)
+    encoded = codec.encode(x, learn=False)
+    assert codec.decode(encoded).shape == x.shape
+    after = codec.state()
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value) if isinstance(value, Tensor) else after[name] == value
+    if "vq" in spec:
+        with pytest.raises(CodecError, match="no codebook before the first batch"):
+            codecs.build(spec).encode(x, learn=False)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2", "fp8"])
@@ -208,6 +289,7 @@ def test_what_cannot_be_decoded_is_refused() -> None:
         ("none", "expected one tensor"),
         ("bf16", "expected one tensor"),
         ("int4", "payload"),
+        ("topk:4", "expected (40|4) x 2 values in bf16"),
     ]:
         codec = codecs.build(spec)
         encoded = codec.encode(x)
@@ -237,6 +319,12 @@ def test_damaged_codes_decode_to_words() -> None:
         ("vq:1,8", r"expected K in 2..65536 and D >= 1, got vq:1,8"),
         ("int4:7", "block must be one of"),
         ("int4:64,2", "unknown codec"),
+        ("topk:1", "expected to keep one value in N >= 2"),
+        ("topk", "unknown codec 'topk'"),
+        ("downsample", "expected downsample:F or"),
+        ("downsample:1", "expected F >= 2"),
+        ("downsample:2+zip", "unknown codec 'zip'"),
+        ("downsample:2+downsample:2", "expected downsample:F or"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused(spec: str, message: str) -> None:
@@ -249,6 +337,11 @@ def test_channels_that_the_depth_does_not_divide_are_refused() -> None:
         codecs.build("vq:8,4").check((6, 4, 4))
     codecs.build("vq:8,3").check((6, 4, 4))
     codecs.build("vq:8,4").check((6, 4))
-    assert prod((6, 4)) % 5 != 0
+    for shape in ((6, 4), (6, 4, 1), (12,)):
+        with pytest.raises(ValueError, match="expected feature maps of at least 2 x 2"):
+            codecs.build("downsample:2").check(shape)
+    with pytest.raises(ValueError, match="D has to divide"):
+        codecs.build("downsample:2+vq:8,4").check((6, 4, 4))
+    codecs.build("downsample:2+vq:8,3").check((6, 2, 3))
     with pytest.raises(ValueError, match="got 4"):
         codecs.build("vq:8,5").check((6, 4))

@@ -61,7 +61,9 @@ def test_five_folds_test_every_digit_once() -> None:
     tested = torch.cat([f.test_images for f in folds]).flatten(1)
     whole = torch.cat([folds[0].train_images, folds[0].test_images]).flatten(1)
     assert len(tested) == len(whole) == 1797
-    assert torch.equal(tested.unique(dim=0, return_counts=True)[1], whole.unique(dim=0, return_counts=True)[1])
+    assert torch.equal(
+        tested.unique(dim=0, return_counts=True)[1], whole.unique(dim=0, return_counts=True)[1]
+    )
     for k, fold in enumerate(folds):
         assert len(fold.train_labels) + len(fold.test_labels) == 1797
         counts = torch.bincount(fold.test_labels, minlength=10)

@@ -94,7 +94,7 @@ def train_here(case: Case, count: int, schedule: str = "lockstep") -> dict[str, 
     trainer = case.trainer(count, schedule)
     batches = nets.batches(BATCHES)
     stats = [trainer.step(x, y) for x, y in batches[:MIDDLE]] + trainer.drain()
-    middle = trainer.evaluate(batches[:2])
+    middle = [trainer.evaluate(batches[:2], coded) for coded in (False, True)]
     trainer.set_learning_rate(0.02)
     stats += [trainer.step(x, y) for x, y in batches[MIDDLE:]] + trainer.drain()
     trainer.flush()
@@ -113,13 +113,14 @@ def train_as_rank(case: Case, count: int, folder: Path) -> dict[str, Any]:
     """The same over processes, with a checkpoint in the middle from which a second training goes on."""
     trainer = case.trainer(count, "pipelined")
     batches = nets.batches(BATCHES)
-    losses, middle = [], None
+    losses, middle = [], []
     if trainer.first:
         for x, y in batches[:MIDDLE]:
             trainer.step(x, y)
         checkpoint.save(trainer, folder)
         trainer.mark(MARK)
         trainer.evaluate(batches[:2])
+        trainer.evaluate(batches[:2], coded=True)
         trainer.set_learning_rate(0.02)
         for x, y in batches[MIDDLE:]:
             trainer.step(x, y)
@@ -133,7 +134,7 @@ def train_as_rank(case: Case, count: int, folder: Path) -> dict[str, Any]:
             elif isinstance(event, lct.Stats):
                 losses.append(event.losses)
             else:
-                middle = event
+                middle.append(event)
     trainer.gather()
     meter, _ = trainer.gather_meter()
     result = {

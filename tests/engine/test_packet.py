@@ -26,14 +26,21 @@ def _written(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     # Longer than needed, and poisoned: what is read must have been written.
     body = torch.full((packet.body_bytes(Packet(Kind.TRAIN, 41, tensors)) + 640,), 0xFF, dtype=torch.uint8)
     packet.write(Packet(Kind.TRAIN, 41, tensors, value=3), header, body)
+    packet.seal(header, body, 12.25, checksum=False)
     return header, body
+
+
+def _read_with(header: Tensor, body: Tensor, word: int, value: int) -> Packet:
+    """What is read when a word is wrong and the header's sum is not."""
+    header[word] = value
+    packet.seal(header, body, 12.25, checksum=False)
+    return packet.read(header, body)
 
 
 @pytest.mark.parametrize("name", list(TENSORS))
 def test_what_is_read_is_what_was_written(name: str) -> None:
     tensor = TENSORS[name]
     header, body = _written(tensor, torch.arange(5))
-    packet.stamp(header, 12.25)
     got = packet.read(header, body)
     assert (got.kind, got.batch, got.value, got.sent) == (Kind.TRAIN, 41, 3, 12.25)
     assert torch.equal(got.tensors[0], tensor) and torch.equal(got.tensors[1], torch.arange(5))
@@ -59,22 +66,47 @@ def test_a_float_survives_as_a_word(value: float) -> None:
         (5, 64, "needs 128 bytes, 64 are left"),
         (6, 5, "packet tensors: expected 0..4, got 5"),
         (6, -1, "packet tensors"),
-        (24, 10, "dtype 10"),
-        (24, 1, "needs 256 bytes, 128 are left"),
-        (25, 7, "of 7"),
-        (26, 1 << 40, "not a dense tensor|needs"),
-        (26, -4, "not a dense tensor"),
-        (32, 9, "not a dense tensor"),
-        (33, 0, "not a dense tensor"),
-        (33, -7, "not a dense tensor"),
+        (5, 65, "a multiple of 64, got 65"),
+        (10, 2, "packet checked: expected 0 or 1, got 2"),
+        (27, 10, "dtype 10"),
+        (27, 1, "needs 256 bytes, 128 are left"),
+        (28, 7, "of 7"),
+        (29, 1 << 40, "not a dense tensor|needs"),
+        (29, -4, "not a dense tensor"),
+        (35, 9, "not a dense tensor"),
+        (36, 0, "not a dense tensor"),
+        (36, -7, "not a dense tensor"),
     ],
 )
 def test_a_wrong_field_is_named(word: int, value: int, message: str) -> None:
     header, body = _written(torch.randn(4, 7))
-    assert header[26] == 4 and header[32] == 7 and header[33] == 1
-    header[word] = value
+    assert header[29] == 4 and header[35] == 7 and header[36] == 1
     with pytest.raises(PacketError, match=message):
-        packet.read(header, body)
+        _read_with(header, body, word, value)
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_every_flipped_bit_is_seen(checksum: bool) -> None:
+    header, body = _written(torch.randn(4, 7), torch.arange(3))
+    packet.seal(header, body, 12.25, checksum)
+    size = int(header[5])
+    bits = header.view(torch.uint8)
+    for bit in range(packet.WORDS * 64):
+        bits[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(PacketError):
+            packet.read(header, body)
+        bits[bit // 8] ^= 1 << bit % 8
+    for bit in range(size * 8):
+        body[bit // 8] ^= 1 << bit % 8
+        if checksum:
+            with pytest.raises(PacketError, match="packet body of batch 41: its sum is"):
+                packet.read(header, body)
+        else:
+            packet.read(header, body)
+        body[bit // 8] ^= 1 << bit % 8
+    # What lies behind the body is nobody's.
+    body[size] ^= 1
+    packet.read(header, body)
 
 
 CODED = Encoded(
@@ -86,6 +118,7 @@ def _coded() -> tuple[Tensor, Tensor]:
     message = Packet(Kind.TRAIN, 5, (torch.arange(4),), coded=CODED, codec=packet.codec_number("vq:4,2"))
     header, body = torch.zeros(packet.WORDS, dtype=torch.int64), torch.zeros(1024, dtype=torch.uint8)
     packet.write(message, header, body)
+    packet.seal(header, body, 0.0, checksum=False)
     return header, body
 
 
@@ -106,18 +139,17 @@ def test_what_a_codec_made_travels_with_what_it_stands_for() -> None:
     [
         (9, 0, "coded tensors: expected 1..3, got 0"),
         (9, 4, "coded tensors: expected 1..3, got 4"),
-        (10, 8, "layout: expected a floating point type, got torch.int64"),
-        (10, -1, "layout: expected a dtype"),
-        (11, 7, "layout: expected a dtype 0..9 of 0..6 dimensions"),
-        (12, 5, "layout: shape .* is not a dense tensor"),
-        (18, 0, "layout: shape .* is not a dense tensor"),
+        (13, 8, "layout: expected a floating point type, got torch.int64"),
+        (13, -1, "layout: expected a dtype"),
+        (14, 7, "layout: expected a dtype 0..9 of 0..6 dimensions"),
+        (15, 5, "layout: shape .* is not a dense tensor"),
+        (21, 0, "layout: shape .* is not a dense tensor"),
     ],
 )
 def test_a_wrong_field_of_what_was_coded_is_named(word: int, value: int, message: str) -> None:
     header, body = _coded()
-    header[word] = value
     with pytest.raises(PacketError, match=message):
-        packet.read(header, body)
+        _read_with(header, body, word, value)
 
 
 def test_a_body_that_is_too_short_is_refused() -> None:

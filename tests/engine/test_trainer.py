@@ -318,6 +318,28 @@ class InPlace(nn.Module):
         return self.linear(x.relu_())
 
 
+def test_coded_evaluation_sends_what_training_sends() -> None:
+    codec = ["int2", "vq:4,2", "none"]
+    trainer = _train(lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), codec=codec), nets.batches(3))
+    assert trainer.lossy and not lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy()).lossy
+    x, y = nets.batches(1, seed=9)[0]
+    plain, coded = (trainer.evaluate([(x, y)], coded) for coded in (False, True))
+    assert plain is not None and coded is not None
+    # Exit 1 is before the first cut.
+    assert coded.loss[0] == plain.loss[0]
+    h, expected = x, []
+    for worker, behind in zip(trainer.workers, [*trainer.workers[1:], None], strict=True):
+        h, score = worker.evaluate(h, y)
+        expected.append(float(score[0]) / len(x))
+        if behind is not None and worker.encoder is not None and behind.decoder is not None:
+            h = behind.decoder.decode(worker.encoder.encode(h, learn=False))
+    assert coded.loss == expected
+    assert coded.loss[1] != plain.loss[1] and coded.loss[2] != plain.loss[2]
+    wire = trainer.meter.wire_bytes
+    trainer.evaluate([(x, y)], coded=True)
+    assert trainer.meter.wire_bytes == wire
+
+
 def test_refusals_name_the_cause() -> None:
     trainer = lct.Trainer(nets.groups(lct.LocalCritic()), lct.LocalCritic())
     x, y = nets.batches(1)[0]
