@@ -47,7 +47,7 @@ class Config:
     critic_loss: str = _option("l1", "the critic's loss (local-critic)", ("l1", "one_sided"))
     critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
     codec: list[str] = _option(
-        None, f"what crosses cuts in training, one for all or one a cut: {' | '.join(codecs.names())}"
+        None, f"what crosses cuts in training, one for all or one a cut: auto | {' | '.join(codecs.names())}"
     )
     schedule: str = _option("lockstep", "how groups share time", SCHEDULES)
     feedback_delay: int = _option(

@@ -46,6 +46,9 @@ class RunFolder:
         stored = resolve(read_yaml(self.path / "config.yaml"))
         wanted = resolve(given)
         for key in given:
+            # "auto" stands for what was chosen when the run began.
+            if key == "codec" and "auto" in wanted.codec:
+                continue
             if given[key] is not None and getattr(wanted, key) != getattr(stored, key):
                 raise ConfigError(
                     f"--resume: {key} is {getattr(stored, key)!r} in {self.path / 'config.yaml'}, but "

@@ -77,6 +77,11 @@ def train(
     per_epoch = facts.train_images // config.batch_size
     steps = build.total_steps(config, per_epoch)
     trainer = build.build_trainer(config, groups, devices, steps)
+    if "auto" in config.codec:
+        # A resumed run keeps what was chosen.
+        config.codec = trainer.wires or ["none"]
+        if processes.is_first() and not quiet:
+            _print_choices(trainer)
     if trainer.ranks is not None and trainer.first and not quiet:
         _print_map(trainer)
     recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet)
@@ -119,6 +124,12 @@ def _print_map(trainer: Trainer) -> None:
         print(f"group {k + 1} ({units}) on rank {k}: {place}", flush=True)
 
 
+def _print_choices(trainer: Trainer) -> None:
+    for k, choice in enumerate(trainer.choices, 1):
+        if choice is not None:
+            print(f"cut {k}: codec {choice.codec}: {choice.reason}", flush=True)
+
+
 def _summary(
     config: Config, trainer: Trainer, meter: Meter, recorder: Recorder, result: loop.Final, data_name: str
 ) -> dict[str, Any]:
@@ -133,6 +144,9 @@ def _summary(
         "split": config.split if len(trainer.groups) > 1 else [],
         "critic": config.critic if len(trainer.groups) > 1 else None,
         "codec": " ".join(config.codec),
+        "codec_choices": [
+            c and {"codec": c.codec, "predicted_seconds": c.predicted} for c in trainer.choices
+        ],
         "schedule": config.schedule,
         "feedback_delay": trainer.settings.feedback_delay if trainer.method.uses_feedback else None,
         "processes": processes.count(),

@@ -70,10 +70,13 @@ class Group(nn.Module):
 
 
 class Cut:
-    """A traced model and the nodes that start groups 2..K."""
+    """A traced model, the nodes that start groups 2..K, and the example input it was cut with."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, starts: list[fx.Node], num_classes: int) -> None:
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, starts: list[fx.Node], num_classes: int, example: Tensor
+    ) -> None:
         self.model = model
+        self.example = example
         self.graph = graph
         self.starts = starts
         self.num_classes = num_classes
@@ -137,7 +140,8 @@ def exit_module(groups: list[Group], k: int) -> nn.Module:
 
 def join(groups: list[Group]) -> Group:
     """All groups as one, without critics: the plain network."""
-    cut = Cut(groups[0].cut.model, groups[0].cut.graph, [], groups[0].cut.num_classes)
+    whole = groups[0].cut
+    cut = Cut(whole.model, whole.graph, [], whole.num_classes, whole.example)
     return make_groups(cut, [], [])[0]
 
 

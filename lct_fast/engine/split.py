@@ -76,7 +76,7 @@ def split(
         _head(spec, shape, num_classes, example_input.device)
         for spec, shape in zip(specs, cut_shapes, strict=True)
     ]
-    result = make_groups(Cut(model, graph, chosen, num_classes), critics, cut_shapes)
+    result = make_groups(Cut(model, graph, chosen, num_classes, example_input), critics, cut_shapes)
     _refuse_ties(result)
     return result
 
@@ -224,7 +224,7 @@ def _balance(
         twin = copy.deepcopy(model).train()
         cost = []
         at_cut: list[Tensor] = []
-        for nodes in Cut(twin, graph, starts, num_classes).groups():
+        for nodes in Cut(twin, graph, starts, num_classes, x).groups():
             x = x.detach()
             seconds, x = _time(build_module(twin, nodes), x, repeats)
             cost.append(seconds)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lct_fast import codecs
+from lct_fast.engine import auto_codec
+from lct_fast.engine.auto_codec import Choice
 from lct_fast.engine.batch_check import check_batch
 from lct_fast.engine.exits import Evaluation, summed
 from lct_fast.engine.group import Group, exit_module, join
@@ -59,7 +61,9 @@ class Trainer:
     Args:
         groups: what ``lct.split`` returned.
         method: ``LocalCritic()``, ``Greedy()`` or ``Backprop()``; the last joins all groups into one.
-        codec: what crosses the cuts in training: a spec of ``lct.codecs.build``, or a list of one for each cut.
+        codec: what crosses the cuts in training: a spec of ``lct.codecs.build``, or a list of one for each cut. "auto"
+            measures work, codecs and links at the batch size of ``split``'s example input, and chooses; see
+            ``choices``.
         devices: group k runs on ``devices[k * len(devices) // K]``; default: where the model is. Over processes: the
             one device of this process.
         num_classes: checked against the model's output when given.
@@ -84,6 +88,7 @@ class Trainer:
 
     Attributes:
         wires: the codec's spec for each cut.
+        choices: for each cut what "auto" chose there and why, or None.
         groups: all groups; over processes, only this process's is trained here.
         workers: the groups trained in this process.
         first, last: whether this process trains the first, the last group.
@@ -162,19 +167,18 @@ class Trainer:
         if pipelined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.ranks = Ranks.join([g.units for g in self.groups], places[0])
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
+        self.workers = [
+            Worker(k, self.groups[k], places[k * len(places) // count], self.settings, seed) for k in mine
+        ]
+        self.choices: list[Choice | None] = [None] * len(self.wires)
+        if "auto" in self.wires:
+            self._choose_codecs()
         # An end of a cut has a codec of its own.
         ends = [None, *self.wires, None]
-        self.workers = [
-            Worker(
-                k,
-                self.groups[k],
-                places[k * len(places) // count],
-                self.settings,
-                seed,
-                *(None if spec is None else codecs.build(spec) for spec in ends[k : k + 2]),
+        for worker in self.workers:
+            worker.decoder, worker.encoder = (
+                None if spec is None else codecs.build(spec) for spec in ends[worker.index : worker.index + 2]
             )
-            for k in mine
-        ]
         self._run: Lockstep | Ticks | Stage
         if self.ranks is not None:
             self._run = Stage(self.workers[0], self.ranks)
@@ -336,7 +340,8 @@ class Trainer:
         specs = [codec] if isinstance(codec, str) else list(codec)
         for spec in specs:
             # Refused also where nothing is cut.
-            codecs.build(spec)
+            if spec != "auto":
+                codecs.build(spec)
         if len(specs) == 1:
             specs *= len(cuts)
         if len(specs) != len(cuts):
@@ -344,8 +349,17 @@ class Trainer:
                 f"codec: expected one spec or one for each of {len(cuts)} cuts, got {len(specs)}"
             )
         for group, spec in zip(cuts, specs, strict=True):
-            codecs.build(spec).check(group.shape)
+            if spec != "auto":
+                codecs.build(spec).check(group.shape)
         return specs
+
+    def _choose_codecs(self) -> None:
+        """Puts the measured choice in place of every "auto"."""
+        shapes = [g.shape for g in self.groups[:-1]]
+        costs = auto_codec.measure(self.workers, self.wires, shapes, self.groups[0].cut.example, self.ranks)
+        for k, choice in enumerate(auto_codec.choose(costs)):
+            if self.wires[k] == "auto":
+                self.wires[k], self.choices[k] = choice.codec, choice
 
     def _stage(self, name: str) -> Stage:
         if not isinstance(self._run, Stage):

@@ -59,9 +59,10 @@ class Worker:
         device: where it runs.
         settings: of the run.
         seed: of the run, for the group's random numbers.
-        decoder, encoder: of what comes and of what leaves; None before the first and behind the last group.
 
     Attributes:
+        decoder, encoder: of what comes and of what leaves, this end's own; None before the first and behind the last
+            group.
         pending: batches whose feedback is still to be applied, oldest first.
         owed: losses [N] of the latest ``feedback_delay`` batches that the group before learns from, oldest first.
         meter: the group's own.
@@ -74,11 +75,10 @@ class Worker:
         device: torch.device,
         settings: Settings,
         seed: int,
-        decoder: Codec | None = None,
-        encoder: Codec | None = None,
     ) -> None:
         self.index, self.group, self.device, self.settings = index, group, device, settings
-        self.decoder, self.encoder = decoder, encoder
+        self.decoder: Codec | None = None
+        self.encoder: Codec | None = None
         group.to(device=device, memory_format=settings.memory_format)  # type: ignore[call-overload]
         joint = settings.method.joint_optimizer or group.last
         trained = (group if joint else group.layers).parameters()
@@ -140,7 +140,7 @@ class Worker:
         self.group.train()
         version = h._version
         try:
-            with self.random.active(), self._autocast():
+            with self.random.active(), self.autocast():
                 result = settings.method.local_step(
                     self,
                     h,
@@ -278,7 +278,8 @@ class Worker:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's mixed precision."""
         autocast = self.settings.autocast
         return torch.autocast(self.device.type, autocast) if autocast else nullcontext()
 
