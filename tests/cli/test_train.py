@@ -321,3 +321,26 @@ def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert main(["info"]) == 0
     assert "reference" in capsys.readouterr().out
+
+
+def test_a_chosen_codec_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    options = ["--groups", "2", "--codec", "auto", "--epochs", "1"]
+    assert _train(run, *options) == 0
+    assert "cut 1: codec none: nothing is moved: both groups are on one device" in capsys.readouterr().out
+    assert yaml.safe_load((run / "config.yaml").read_text())["codec"] == ["none"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["codec"] == "none" and summary["coded_exit_test_accuracy"] is None
+    (choice,) = summary["codec_choices"]
+    assert choice["codec"] == "none" and choice["predicted_seconds"]["int4"] > 0
+    assert _train(run, *options, "--resume") == 0
+
+
+def test_accuracy_is_reported_with_and_without_the_codec(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _train(run, "--groups", "2", "--codec", "int2", "--epochs", "2", "--json") == 0
+    summary = json.loads((run / "summary.json").read_text())
+    plain, coded = summary["exit_test_accuracy"], summary["coded_exit_test_accuracy"]
+    # Exit 1 comes before anything is sent; behind the cut 2 bits a value cannot be the same.
+    assert len(coded) == 2 and coded[0] == plain[0] and coded[1] != plain[1]
+    assert summary["test_accuracy"] == plain[1] and summary["codec_choices"] == [None]
