@@ -9,6 +9,7 @@ from torch import Tensor
 import lct_fast as lct
 from benchmarks.pipeline_model import Task, in_format
 from benchmarks.pipeline_rivals import Contender, Outputs, Setting, gradients
+from lct_fast.codecs import Codec, Encoded
 from lct_fast.engine.meter import Tick
 from lct_fast.methods import Objective
 
@@ -92,19 +93,32 @@ class Decoupled(Contender):
             schedule="pipelined",
             optimizer=task.optimizer,
             channels_last=setting.format == "channels_last",
+            codec=setting.codec or "none",
         )
         self.events = None if self.trainer.first else self.trainer.events()
         self.ticks: list[Tick] = []
 
     def first(self) -> Outputs:
-        self.step()
         (worker,) = self.trainer.workers
+        inputs: list[Tensor] = []
+        decode = worker.decode
+
+        def kept(coded: Encoded, decoder: Codec | None = None) -> Tensor:
+            inputs.append(decode(coded, decoder))
+            return inputs[0]
+
+        worker.decode = kept  # type: ignore[method-assign]
+        self.step()
+        worker.decode = decode  # type: ignore[method-assign]
         assert worker.optimizer is not None and self.loss is not None
         # After one step the momentum of SGD is the gradient.
         momentum = {id(p): state["momentum_buffer"] for p, state in worker.optimizer.state.items()}
         named = {name: momentum.get(id(p)) for name, p in worker.group.named_parameters()}
         out = {name: value.clone() for name, value in named.items() if value is not None}
-        return {f"group{self.rank + 1}.{name}": value for name, value in (out | {"loss": self.loss}).items()}
+        out["loss"] = self.loss
+        if self.setting.codec and inputs:
+            out["input"] = inputs[0].clone()
+        return {f"group{self.rank + 1}.{name}": value for name, value in out.items()}
 
     def step(self) -> None:
         x, y = self.next()

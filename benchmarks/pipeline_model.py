@@ -13,6 +13,8 @@ import lct_fast as lct
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 POOLED = "pooled_linear:pool=4"
 CONV = "conv_fc"
+# What crosses the cut in a second contender of each method.
+CODEC = "vq:256,8"
 CLASSES = 10
 SIDE = 32
 # Three maps of 32, 16 and 8: the second half begins with the last stride.

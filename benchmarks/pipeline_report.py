@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from benchmarks.pipeline_balance import Balance
-from benchmarks.pipeline_model import CONV, POOLED
+from benchmarks.pipeline_model import CODEC, CONV, POOLED
 from lct_fast.bench.machine import FOREIGN
 from lct_fast.bench.sampling import percentiles
 from lct_fast.engine.meter import GroupMeter
@@ -75,7 +75,8 @@ def summary(rows: list[Row], balance: dict[str, list[float]], workers: int = 2) 
         ("greedy_", "greedy", POOLED),
         ("conv_critic_", "local-critic", CONV),
     ):
-        ours = fastest(rows, ["decoupled"], method=method, critic=critic)
+        ours = fastest(rows, ["decoupled"], method=method, critic=critic, codec="")
+        coded = fastest(rows, ["decoupled"], method=method, critic=critic, codec=CODEC)
         ceiling = fastest(rows, ["no link"], method=method, critic=critic)
         out |= {
             f"{prefix}eta": eta(ours),
@@ -84,6 +85,8 @@ def summary(rows: list[Row], balance: dict[str, list[float]], workers: int = 2) 
             f"{prefix}ceiling_to_best_pipeline": ratio(ceiling, pipeline),
             f"{prefix}ratio_to_ddp": ratio(ours, parallel),
         }
+        if critic == POOLED:
+            out |= {f"{prefix}eta_vq": eta(coded), f"{prefix}vq_to_best_pipeline": ratio(coded, pipeline)}
     for prefix, critic in (("", POOLED), ("conv_critic_", CONV)):
         if critic in balance:
             halves = Balance(*balance[critic])

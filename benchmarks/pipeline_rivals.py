@@ -19,17 +19,18 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """A contender and how it is run. ``method`` and ``critic`` are for those that train in groups."""
+    """A contender and how it is run. ``method``, ``critic`` and ``codec`` are for those that train in groups."""
 
     kind: str
     format: str
     microbatches: int = 1
     method: str = ""
     critic: str = ""
+    codec: str = ""
 
     @property
     def name(self) -> str:
-        how = [self.kind, self.method, self.critic, self.format]
+        how = [self.kind, self.method, self.critic, self.codec, self.format]
         if not self.method:
             how.append(f"{self.microbatches} microbatches" if self.microbatches > 1 else "whole batch")
         return ", ".join(part for part in how if part)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks import pipeline_balance
 from benchmarks.pipeline_check import Judge, merged
 from benchmarks.pipeline_local import Ceiling, Decoupled
-from benchmarks.pipeline_model import CONV, FORMATS, POOLED, Task
+from benchmarks.pipeline_model import CODEC, CONV, FORMATS, POOLED, Task
 from benchmarks.pipeline_rivals import Backprop, Contender, DataParallel, Pipeline, Setting, TwoThreads
 from lct_fast.bench.machine import FOREIGN, busy_seconds
 from lct_fast.engine.trace import write_trace
@@ -62,6 +62,10 @@ def settings(most: int = 16) -> list[Setting]:
     grouped = (("greedy", POOLED), ("local-critic", POOLED), ("local-critic", CONV))
     kinds = ("no link", "decoupled")
     out += [Setting(kind, "channels_last", 1, method, critic) for kind in kinds for method, critic in grouped]
+    out += [
+        Setting("decoupled", "channels_last", 1, method, POOLED, CODEC)
+        for method in ("greedy", "local-critic")
+    ]
     return out
 
 
@@ -138,7 +142,7 @@ def metered(contenders: list[tuple[Setting, Contender | None]], folder: Path) ->
     for setting, contender in contenders:
         if isinstance(contender, Decoupled):
             out[setting.name] = gathered(contender.shares())
-            if (setting.method, setting.critic) == ("local-critic", POOLED):
+            if (setting.method, setting.critic, setting.codec) == ("local-critic", POOLED, ""):
                 contender.trainer.meter.groups[0].trace_from_here(TRACED)
                 contender.run(TRACED)
                 meter, offsets = contender.trainer.gather_meter()

@@ -14,14 +14,16 @@ from torch import Tensor
 from benchmarks import pipeline, pipeline_balance, pipeline_check, pipeline_report, pipeline_rounds
 from benchmarks.pipeline_balance import Balance
 from benchmarks.pipeline_local import Ceiling
-from benchmarks.pipeline_model import CONV, POOLED, Task, halves, small_cnn
+from benchmarks.pipeline_model import CODEC, CONV, POOLED, Task, halves, small_cnn
 from benchmarks.pipeline_rivals import Backprop, Setting, TwoThreads
 
 ROOT = Path(__file__).parents[1]
 TASK = Task(widths=pipeline.TINY_WIDTHS, batch=8, batches=2)
 
 
-def line(kind: str, us: float, microbatches: int = 1, method: str = "", critic: str = "") -> dict[str, Any]:
+def line(
+    kind: str, us: float, microbatches: int = 1, method: str = "", critic: str = "", codec: str = ""
+) -> dict[str, Any]:
     name = f"{kind} {microbatches} {method} {critic}"
     return {
         "contender": name,
@@ -29,6 +31,7 @@ def line(kind: str, us: float, microbatches: int = 1, method: str = "", critic: 
         "microbatches": microbatches,
         "method": method,
         "critic": critic,
+        "codec": codec,
         "us_p20": us,
         "us_p50": us,
         "us_p80": us,
@@ -48,6 +51,7 @@ ROWS = [
     line("decoupled", 110.0, 1, "local-critic", POOLED),
     line("decoupled", 50.0, 1, "greedy", POOLED),
     line("decoupled", 160.0, 1, "local-critic", CONV),
+    line("decoupled", 105.0, 1, "local-critic", POOLED, CODEC),
 ]
 
 
@@ -62,7 +66,8 @@ def test_the_figures_of_a_run() -> None:
     assert s["ratio_to_best_pipeline"] == pytest.approx(110 / 160)
     assert s["ratio_to_ddp"] == pytest.approx(110 / 136)
     assert s["greedy_eta"] == pytest.approx(2.0) and s["conv_critic_eta"] == pytest.approx(0.625)
-    assert s["greedy_eta_ceiling"] is None
+    assert s["greedy_eta_ceiling"] is None and s["greedy_eta_vq"] is None
+    assert s["eta_vq"] == pytest.approx(200 / 210) and s["vq_to_best_pipeline"] == pytest.approx(105 / 160)
     assert s["imbalance"] == pytest.approx(0.2) and s["critic_tax"] == pytest.approx(0.003 / 0.18)
     assert "conv_critic_critic_tax" not in s
 

@@ -254,9 +254,14 @@ def _layout(what: str, words: list[int], first: int) -> Layout:
 
 
 def _check_dense(what: str, shape: list[int], stride: list[int]) -> None:
+    whole = 1
+    for size in shape:
+        whole *= max(size, 1)
+    if whole > MAX_BYTES:
+        raise PacketError(f"packet {what}: shape {shape} is larger than {MAX_BYTES} values")
     count = 1
     for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: (pair[1], pair[0])):
-        if size < 0 or (size > 1 and count and step != count):
+        if size < 0 or step < 0 or (size > 1 and count and step != count):
             raise PacketError(f"packet {what}: shape {shape} with strides {stride} is not a dense tensor")
         count *= size
 

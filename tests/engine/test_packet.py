@@ -71,7 +71,7 @@ def test_a_float_survives_as_a_word(value: float) -> None:
         (27, 10, "dtype 10"),
         (27, 1, "needs 256 bytes, 128 are left"),
         (28, 7, "of 7"),
-        (29, 1 << 40, "not a dense tensor|needs"),
+        (29, 1 << 40, "is larger than|needs"),
         (29, -4, "not a dense tensor"),
         (35, 9, "not a dense tensor"),
         (36, 0, "not a dense tensor"),
@@ -109,6 +109,13 @@ def test_every_flipped_bit_is_seen(checksum: bool) -> None:
     packet.read(header, body)
 
 
+def test_a_negative_stride_is_refused_where_it_would_not_matter() -> None:
+    header, body = _written(torch.randn(1, 8))
+    assert header[29] == 1
+    with pytest.raises(PacketError, match="not a dense tensor"):
+        _read_with(header, body, 35, -8)
+
+
 CODED = Encoded(
     (torch.arange(6, dtype=torch.uint8), torch.ones(3)), Layout((4, 2), (1, 4), torch.bfloat16), 12
 )
@@ -143,6 +150,7 @@ def test_what_a_codec_made_travels_with_what_it_stands_for() -> None:
         (13, -1, "layout: expected a dtype"),
         (14, 7, "layout: expected a dtype 0..9 of 0..6 dimensions"),
         (15, 5, "layout: shape .* is not a dense tensor"),
+        (15, 1 << 62, "layout: shape .* is larger than"),
         (21, 0, "layout: shape .* is not a dense tensor"),
     ],
 )
