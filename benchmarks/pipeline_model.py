@@ -71,7 +71,7 @@ class Task:
 
     def groups(self, critic: str) -> list[lct.Group]:
         """The network's two halves, the first with a critic."""
-        example = torch.zeros(2, 3, SIDE, SIDE)
+        example = torch.zeros(self.batch, 3, SIDE, SIDE)
         return lct.split(self.model(), example_input=example, critic=critic, split_points=[f"stage{CUT + 1}"])
 
 
