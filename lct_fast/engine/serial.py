@@ -165,10 +165,8 @@ def back_propagate(
     outputs[-1] = loss
     gradient: Tensor | None = None
     for part, entry, output in zip(reversed(parts), reversed(entries), reversed(outputs), strict=True):
-        # Layers that are all frozen leave the first group nothing to do.
-        if output.requires_grad:
-            with names_group(part.worker, batch, len(x)):
-                output.backward(None if gradient is None else gradient.to(output.device))
+        with names_group(part.worker, batch, len(x)):
+            output.backward(None if gradient is None else gradient.to(output.device))
         gradient = entry.grad
     return loss.detach()
 

@@ -194,6 +194,7 @@ def test_pipelined_in_one_process_equals_lockstep(name: str, count: int, threads
     _same(train_here(CASES[name], count), train_here(CASES[name], count, "pipelined"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_over_processes_equals_lockstep_and_resumes(count: int, tmp_path: Path, threads: None) -> None:
     """Bit for bit: torch's schedules hand on the gradients of microbatches in order, as one process does."""
@@ -296,6 +297,7 @@ def test_a_loss_that_is_not_finite_names_the_last_group(threads: None) -> None:
         trainer.step(*nets.batches(1)[0])
 
 
+@pytest.mark.slow
 def test_every_process_hears_of_a_nan_and_of_a_lost_process(threads: None) -> None:
     for nan, lost in run_processes(_fail, 2):
         assert "the output of group 2 at batch 1 (a serial step) holds NaN or Inf" in nan
