@@ -68,7 +68,8 @@ class Part(nn.Module):
             h = self.head(layers(worker.place(h)))
         if worker.last and h.dtype != torch.float64:
             h = h.float()
-        return h.contiguous()
+        # Through one dimension: a size of 1 may have any stride, and kernels choose by strides.
+        return h.contiguous().flatten().unflatten(0, h.shape)
 
 
 class SerialLoss:
@@ -123,7 +124,7 @@ class SerialSteps:
         count = self.hybrid.microbatches
         losses = [
             back_propagate(self.parts, rows, labels, self.loss, batch)
-            for rows, labels in zip(x.chunk(count), target.chunk(count), strict=True)
+            for rows, labels in zip(x.contiguous().chunk(count), target.chunk(count), strict=True)
         ]
         loss = self.loss.mean(losses)
         self.parts[-1].finite &= torch.isfinite(loss)

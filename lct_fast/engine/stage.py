@@ -88,7 +88,8 @@ class Stage:
         worker = self.worker
         worker.meter.begin(self.batch)
         if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
-            return self._serial_step(self.serial, x.to(worker.device), x[:0], y.to(worker.device))
+            x = x.to(worker.device).contiguous()
+            return self._serial_step(self.serial, x, x[:0], y.to(worker.device))
         losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
         return self._train(worker.place(x), y.to(worker.device), losses)
 

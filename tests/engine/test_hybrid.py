@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import lct_fast as lct
 from lct_fast.engine import checkpoint
+from lct_fast.engine.serial import Part
 from tests.engine import nets
 from tests.engine.pipelined_cases import (
     MIDDLE,
@@ -119,6 +120,22 @@ def test_gradients_are_those_of_plain_autograd(
         assert torch.allclose(model.get_buffer(name), buffer), name
     assert stats.batch == 1 and stats.losses[:-1].isnan().all()
     assert float(stats.losses[-1]) == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_what_crosses_has_one_layout(threads: None) -> None:
+    """Kernels choose by strides, also by those of sizes of 1, and a process receives into a contiguous tensor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8, 5)
+    )
+    groups = lct.split(
+        model, example_input=torch.zeros(4, 1, 8, 8), split_points=["2"], critic="pooled_linear"
+    )
+    trainer = lct.Trainer(groups, lct.Greedy(), schedule=BETWEEN, channels_last=True)
+    x = nets.batches(1)[0][0]
+    assert groups[0].layers(trainer.workers[0].place(x)).stride() != (8, 1, 1, 1)
+    part = Part(trainer.workers[0])
+    assert part(x).stride() == part.trial(x).stride() == (8, 1, 1, 1)
 
 
 @pytest.mark.parametrize("method", [lct.Greedy, lct.LocalCritic])
