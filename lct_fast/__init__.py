@@ -10,6 +10,7 @@ from lct_fast import codecs, critics, data, models, ops
 from lct_fast.engine import (
     Evaluation,
     Group,
+    Hybrid,
     Mark,
     NonFiniteError,
     OutOfMemoryError,
@@ -29,6 +30,7 @@ __all__ = [
     "Evaluation",
     "Greedy",
     "Group",
+    "Hybrid",
     "LocalCritic",
     "Mark",
     "Method",

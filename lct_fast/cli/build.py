@@ -14,7 +14,7 @@ from torch import nn
 from lct_fast import data, models
 from lct_fast.cli.config import Config, ConfigError
 from lct_fast.data import Batches, ImageData
-from lct_fast.engine import Trainer, split
+from lct_fast.engine import Hybrid, Trainer, split
 from lct_fast.engine.group import Group
 from lct_fast.methods import METHODS, LocalCritic, Method
 
@@ -134,7 +134,9 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         devices=devices,
         optimizer=partial(_optimizer, config),
         scheduler=partial(_scheduler, config, math.ceil(steps / config.accumulate)),
-        schedule=config.schedule,
+        schedule=Hybrid(config.serial, config.schedule, config.serial_block, config.serial_microbatches)
+        if config.serial
+        else config.schedule,
         feedback_delay=config.feedback_delay,
         accumulate=config.accumulate,
         clip_norm=config.clip_norm,

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lct_fast import codecs
+from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.trainer import PIPELINED_DELAY, SCHEDULES
 
 METHODS = ("local-critic", "greedy", "backprop")
@@ -53,6 +54,11 @@ class Config:
     feedback_delay: int = _option(
         None, "batches until a critic learns from a batch (local-critic); default 0, pipelined 3"
     )
+    serial: float = _option(
+        0.0, "share of batches trained by back-propagation through all groups, 0 <= Q < 1 (not for backprop)"
+    )
+    serial_block: int = _option(16, "such batches in a row")
+    serial_microbatches: int = _option(1, "equal parts that such a batch is cut into")
     epochs: int = _option(None, "passes over the data")
     steps: int | None = _option(None, "stop after this many batches; with it, epochs only bounds the run")
     batch_size: int = _option(None, "samples a batch")
@@ -148,8 +154,22 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         )
     if config.schedule == "pipelined" and config.feedback_delay < 1:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
+    _check_serial(config)
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
+
+
+def _check_serial(config: Config) -> None:
+    try:
+        schedule = config.schedule if config.serial else "lockstep"
+        hybrid = Hybrid(config.serial, schedule, config.serial_block, config.serial_microbatches)
+        hybrid.check_rows(config.batch_size)
+    except ValueError as error:
+        raise ConfigError(f"--serial, --serial-block, --serial-microbatches: {error}") from None
+    if config.serial and config.method == "backprop":
+        raise ConfigError(
+            "serial: all batches of backprop are serial; leave --serial out, or choose another method"
+        )
 
 
 def _typed(f: dataclasses.Field[Any], value: Any) -> Any:

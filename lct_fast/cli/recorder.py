@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isnan, nan
 from typing import Any
 
 import torch
@@ -31,25 +32,27 @@ class Recorder:
         self.seconds = 0.0
         self.interval: list[torch.Tensor] = []
         self.epoch_sum = torch.zeros(len(trainer.groups))
-        self.epoch_count = 0
+        self.epoch_count = torch.zeros(len(trainer.groups))
         self.bar: Any = None
 
     def position(self) -> dict[str, Any]:
         """What a resumed run needs besides the trainer's state."""
         return {
             "seconds": self.seconds,
-            "interval": [losses.tolist() for losses in self.interval],
+            "interval": [[None if isnan(v) else v for v in losses.tolist()] for losses in self.interval],
             "epoch_sum": self.epoch_sum.tolist(),
-            "epoch_count": self.epoch_count,
+            "epoch_count": self.epoch_count.tolist(),
         }
 
     def restore(self, position: dict[str, Any]) -> None:
         """Takes up a position saved by ``position``."""
         self.done = self.trainer.batch
         self.seconds = position["seconds"]
-        self.interval = [torch.tensor(losses) for losses in position["interval"]]
+        self.interval = [
+            torch.tensor([nan if v is None else v for v in losses]) for losses in position["interval"]
+        ]
         self.epoch_sum = torch.tensor(position["epoch_sum"])
-        self.epoch_count = position["epoch_count"]
+        self.epoch_count = torch.tensor(position["epoch_count"])
 
     def begin(self) -> None:
         """Training begins now."""
@@ -66,8 +69,9 @@ class Recorder:
             return
         losses = stats.losses.cpu()
         self.interval.append(losses)
-        self.epoch_sum += losses
-        self.epoch_count += 1
+        # A serial step knows the last exit's alone.
+        self.epoch_sum += losses.nan_to_num(0.0)
+        self.epoch_count += ~losses.isnan()
         self.done = stats.batch + 1
         self.bar.update()
         if self.done % self.config.log_every == 0 or self.ends_epoch(self.done):
@@ -89,14 +93,14 @@ class Recorder:
                 "epoch": epoch,
                 "step": self.done,
                 "seconds": self.seconds,
-                "train_loss": (self.epoch_sum / max(self.epoch_count, 1)).tolist(),
+                "train_loss": (self.epoch_sum / self.epoch_count).tolist(),
                 "test_loss": result.loss,
                 "exit_test_accuracy": result.accuracy,
                 "test_accuracy": result.accuracy[-1],
             }
         )
         self.epoch_sum.zero_()
-        self.epoch_count = 0
+        self.epoch_count.zero_()
         if not self.quiet:
             exits = " ".join(f"{a:.2%}" for a in result.accuracy)
             tqdm.write(f"epoch {epoch:3d}  batch {self.done:6d}  test accuracy of the exits: {exits}")
@@ -108,7 +112,7 @@ class Recorder:
             self.bar.close()
 
     def _log_interval(self) -> None:
-        losses = torch.stack(self.interval).mean(0).tolist()
+        losses = torch.stack(self.interval).nanmean(0).tolist()
         self.interval = []
         seconds = self.trainer.meter.step_seconds_median() or 0.0
         self.folder.log(
@@ -122,4 +126,4 @@ class Recorder:
                 "samples_per_second": self.config.batch_size / seconds if seconds else None,
             }
         )
-        self.bar.set_postfix_str("loss " + " ".join(f"{v:.3f}" for v in losses))
+        self.bar.set_postfix_str("loss " + " ".join("-" if isnan(v) else f"{v:.3f}" for v in losses))

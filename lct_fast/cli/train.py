@@ -130,6 +130,21 @@ def _print_choices(trainer: Trainer) -> None:
             print(f"cut {k}: codec {choice.codec}: {choice.reason}", flush=True)
 
 
+def _serial(trainer: Trainer, meter: Meter) -> dict[str, Any] | None:
+    """What the serial steps were and cost; their bytes are in ``wire_bytes_per_sample`` too."""
+    hybrid = trainer.hybrid
+    if hybrid is None:
+        return None
+    return {
+        "share": hybrid.share,
+        "block": hybrid.block,
+        "microbatches": hybrid.microbatches,
+        "steps": meter.serial_steps,
+        "bytes_per_sample": meter.per_sample(meter.serial_bytes),
+        "seconds": meter.serial_seconds,
+    }
+
+
 def _summary(
     config: Config, trainer: Trainer, meter: Meter, recorder: Recorder, result: loop.Final, data_name: str
 ) -> dict[str, Any]:
@@ -161,6 +176,7 @@ def _summary(
         "wire_bytes_per_sample": meter.per_sample(meter.wire_bytes),
         "raw_bytes_per_sample": meter.per_sample(meter.raw_bytes),
         "feedback_bytes_per_sample": meter.per_sample(meter.feedback_bytes),
+        "serial": _serial(trainer, meter),
         "bubble_fraction": meter.bubble_fraction() if timed else None,
         "exposed_transfer_fraction": meter.exposed_transfer_fraction() if timed else None,
         "efficiency": meter.efficiency() if timed else None,

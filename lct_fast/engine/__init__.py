@@ -3,6 +3,7 @@
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, PacketError, PeerError
 from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.group import Group
+from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.split import split
 from lct_fast.engine.stats import Mark, Stats
 from lct_fast.engine.trainer import Trainer
@@ -10,6 +11,7 @@ from lct_fast.engine.trainer import Trainer
 __all__ = [
     "Evaluation",
     "Group",
+    "Hybrid",
     "Mark",
     "NonFiniteError",
     "OutOfMemoryError",

@@ -28,7 +28,10 @@ from lct_fast.engine.worker import Pending, Worker
 from lct_fast.methods import Slot
 
 FORMAT = 3
-_COUNTERS = ("samples", "wire_bytes", "raw_bytes", "feedback_bytes")
+_COUNTERS = (
+    *("samples", "wire_bytes", "raw_bytes", "feedback_bytes"),
+    *("serial_steps", "serial_seconds", "serial_bytes"),
+)
 
 
 class CheckpointError(ValueError):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lct_fast.engine.serial import SerialSteps
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.worker import Worker
 
@@ -21,9 +22,14 @@ class Lockstep:
     def __init__(self, workers: Sequence[Worker]) -> None:
         self.workers = list(workers)
         self.batch = 0
+        self.serial = SerialSteps(workers) if workers[0].settings.hybrid else None
 
     def step(self, x: Tensor, y: Tensor) -> Stats:
         """Trains every group on one batch."""
+        if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
+            stats = self.serial.step(self.batch, x, y)
+            self.batch += 1
+            return stats
         batch, h = self.batch, x
         losses, sent = [], 0
         for k, worker in enumerate(self.workers):

@@ -75,6 +75,8 @@ class GroupMeter:
         ticks: the latest 1,000.
         samples: trained on.
         wire_bytes, raw_bytes: sent forward, and what fp32 would have been. feedback_bytes: from behind, applied.
+        serial_steps, serial_seconds: serial steps (``Hybrid``) and what they took; they are no ticks.
+        serial_bytes: of h_k forward and its gradient back, in serial steps; ``wire_bytes`` is without them.
     """
 
     index: int
@@ -89,6 +91,9 @@ class GroupMeter:
     wire_bytes: int = 0
     raw_bytes: int = 0
     feedback_bytes: int = 0
+    serial_steps: int = 0
+    serial_seconds: float = 0.0
+    serial_bytes: int = 0
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -185,7 +190,21 @@ class Meter:
 
     @property
     def wire_bytes(self) -> int:
-        return sum(g.wire_bytes for g in self.groups)
+        """Over the cuts, forward, and in serial steps back too."""
+        return sum(g.wire_bytes for g in self.groups) + self.serial_bytes
+
+    @property
+    def serial_bytes(self) -> int:
+        return sum(g.serial_bytes for g in self.groups)
+
+    @property
+    def serial_steps(self) -> int:
+        return self.groups[-1].serial_steps
+
+    @property
+    def serial_seconds(self) -> float:
+        """Of the last group; in one process the groups share them."""
+        return self.groups[-1].serial_seconds
 
     @property
     def raw_bytes(self) -> int:

@@ -69,6 +69,7 @@ class Kind(IntEnum):
     FLUSH = 6
     STOP = 7
     FEEDBACK = 8
+    SERIAL = 9
 
 
 @dataclass(slots=True)

@@ -24,6 +24,8 @@ from lct_fast.engine.exits import Evaluation, summed
 from lct_fast.engine.link import Inbox, Outbox
 from lct_fast.engine.packet import Kind, Packet
 from lct_fast.engine.ranks import ProcessTransport, Ranks
+from lct_fast.engine.serial import count_step
+from lct_fast.engine.serial_stage import SerialStage
 from lct_fast.engine.stats import Event, Mark, Stats
 from lct_fast.engine.worker import Worker
 
@@ -60,6 +62,8 @@ class Stage:
             self.feedback = Inbox(**self._end(behind, _BACKWARD, early, "receive feedback"))
         if learns and not self.first:
             self.owing = Outbox(**self._end(before, _BACKWARD, DEPTH, "send feedback"))
+        hybrid = worker.settings.hybrid
+        self.serial = SerialStage(worker, ranks, hybrid) if hybrid else None
         atexit.register(self._abandon)
 
     def _end(self, peer: int, direction: int, depth: int, row: str) -> dict[str, Any]:
@@ -83,6 +87,9 @@ class Stage:
         """Train on a batch; the other groups follow on their own."""
         worker = self.worker
         worker.meter.begin(self.batch)
+        if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
+            x = x.to(worker.device).contiguous()
+            return self._serial_step(self.serial, x, x[:0], y.to(worker.device))
         losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
         return self._train(worker.place(x), y.to(worker.device), losses)
 
@@ -134,6 +141,12 @@ class Stage:
                 target, losses = packet.tensors
                 yield self._train(worker.place(self._decode(packet)), target, losses.clone())
                 continue
+            if packet.kind is Kind.SERIAL:
+                self._expect(packet)
+                target, example = (t.clone() for t in packet.tensors)
+                inbox.release()
+                yield self._serial_step(self._serial_stage(), None, example, target)
+                continue
             if packet.kind is Kind.EVALUATE:
                 target, scores = packet.tensors
                 self._evaluate(worker.place(self._decode(packet)), target, scores.clone(), bool(packet.value))
@@ -178,6 +191,36 @@ class Stage:
         self.batch += 1
         meter.end()
         return Stats(batch, losses, sent, len(worker.pending))
+
+    def _serial_step(self, serial: SerialStage, x: Tensor | None, example: Tensor, target: Tensor) -> Stats:
+        """A step with all other processes at once.
+
+        Targets go down the stream, as only the first group's process reads the data. With them goes the next
+        group's input without rows, so that it knows what shape and dtype will come.
+        """
+        worker, batch = self.worker, self.batch
+        start = time.perf_counter()
+        example = serial.agree(len(target), example)
+        if self.outbox is not None:
+            self.outbox.put(Packet(Kind.SERIAL, batch, [dense(target), dense(example)]))
+        loss, sent = serial.step(batch, x, target)
+        worker.update(batch)
+        self._take_feedback(batch - worker.settings.feedback_delay)
+        worker.learn(batch)
+        count_step(worker, batch, len(target), start)
+        self.batch += 1
+        losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
+        if loss is not None:
+            losses[-1] = loss
+        return Stats(batch, losses, sent, len(worker.pending))
+
+    def _serial_stage(self) -> SerialStage:
+        if self.serial is None:
+            raise PacketError(
+                f"group {self.worker.index + 1} got a serial batch, but its own schedule has none: give every "
+                f"process the same schedule"
+            )
+        return self.serial
 
     def _send(self, batch: int, h: Tensor, target: Tensor, losses: Tensor) -> int:
         if self.outbox is None:

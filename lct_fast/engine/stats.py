@@ -14,7 +14,8 @@ class Stats:
     """What one step did. ``losses`` [K] is the mean loss of each exit, on the device; ``.tolist()`` waits for it.
 
     ``batch`` is the batch that has been through all groups. Pipelined in one process it lags behind the one given to
-    ``step``, and is -1 while the pipeline fills. Losses not known in this process are NaN.
+    ``step``, and is -1 while the pipeline fills. Losses not known in this process are NaN, and after a serial step
+    (``Hybrid``) all but the last exit's.
     """
 
     batch: int

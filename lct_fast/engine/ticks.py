@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lct_fast.codecs import Encoded
+from lct_fast.engine.serial import SerialSteps
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.worker import Worker
 
@@ -45,15 +46,25 @@ class Ticks:
         ]
         # What each group takes at the next tick.
         self.waiting: list[_Cargo | None] = [None] * len(self.workers)
+        # Not told yet, oldest first: more than one where the pipeline was drained.
         self.finished: list[Stats] = []
+        self.serial = SerialSteps(workers) if workers[0].settings.hybrid else None
 
     def step(self, x: Tensor, y: Tensor) -> Stats:
-        """One tick: group 1 takes this batch, every other group the one before it left."""
-        cargo = _Cargo(self.batch, x, y, [], self._ready(x))
+        """One tick: group 1 takes this batch, every other group the one before it left.
+
+        A serial batch goes through all groups at once, after those before it.
+        """
+        done: Stats | None
+        if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
+            done = self._serial_step(self.serial, x, y)
+        else:
+            done = self._tick(_Cargo(self.batch, x, y, [], self._ready(x)))
         self.batch += 1
-        done = self._tick(cargo)
         if done is not None:
-            return done
+            self.finished.append(done)
+        if self.finished:
+            return self.finished.pop(0)
         first = self.workers[0].device
         unknown = torch.full((len(self.workers),), float("nan"), device=first)
         return Stats(-1, unknown, 0, self._in_flight())
@@ -75,6 +86,15 @@ class Ticks:
         self.finished = self.drain()
         for worker in self.workers:
             worker.flush(self.batch)
+
+    def _serial_step(self, serial: SerialSteps, x: Tensor, y: Tensor) -> Stats:
+        self.finished = self.drain()
+        stats = serial.step(self.batch, x, y)
+        stats.in_flight = 0
+        for stream in self.streams:
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream(stream.device))
+        return stats
 
     def _tick(self, first: _Cargo | None) -> Stats | None:
         self.waiting[0] = first

@@ -16,6 +16,7 @@ from lct_fast.engine.auto_codec import Choice
 from lct_fast.engine.batch_check import check_batch
 from lct_fast.engine.exits import Evaluation, summed
 from lct_fast.engine.group import Group, exit_module, join
+from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.lockstep import Lockstep
 from lct_fast.engine.meter import Meter
 from lct_fast.engine.ranks import Ranks
@@ -71,7 +72,8 @@ class Trainer:
             weight decay 5e-4 (arXiv 2102.01963).
         scheduler: factory ``optimizer -> LR scheduler`` for each group's optimiser, stepped once an update.
         schedule: "lockstep", one batch through all groups; or "pipelined", group k on batch t - k at tick t, over
-            processes if torch.distributed is initialised with more than one, else in this one.
+            processes if torch.distributed is initialised with more than one, else in this one. ``Hybrid(...)``
+            mixes blocks of ordinary back-propagation into either.
         feedback_delay: critic k learns from batch t after group k's update on batch t + d. Default 0 in lockstep and 3
             pipelined; pipelined it is at least 1, and below 3 groups may wait for it. With the same delay, pipelined
             and lockstep give the same bits.
@@ -107,7 +109,7 @@ class Trainer:
         num_classes: int | None = None,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
-        schedule: str = "lockstep",
+        schedule: str | Hybrid = "lockstep",
         feedback_delay: int | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -125,6 +127,14 @@ class Trainer:
             raise ValueError(
                 f"num_classes={num_classes}, but the model's output has {self.num_classes} classes"
             )
+        hybrid: Hybrid | None = None
+        if isinstance(schedule, Hybrid):
+            hybrid, schedule = schedule, schedule.schedule
+            if not method.uses_critics:
+                raise ValueError(
+                    f"{method.name} has no Hybrid: all of its batches are serial; use a method whose groups learn on "
+                    f"their own"
+                )
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}; got {schedule!r}")
         pipelined = schedule == "pipelined"
@@ -146,6 +156,8 @@ class Trainer:
         method.check([g.critic for g in self.groups[:-1]])
         self.schedule = schedule
         self.wires = self._wires(codec)
+        # A share of 0 is no hybrid.
+        self.hybrid = hybrid if hybrid and hybrid.serial else None
         self.objective = Objective(loss, ignore_index)
         self.settings = Settings(
             method=method,
@@ -159,6 +171,7 @@ class Trainer:
             compile=compile,
             memory_format=torch.channels_last if channels_last else torch.preserve_format,
             checksum=checksum,
+            hybrid=self.hybrid,
         )
         count = len(self.groups)
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
@@ -214,6 +227,8 @@ class Trainer:
                 "step belongs to the first group's process: follow it with `for event in events()`"
             )
         check_batch(x, y, self.batch, self.num_classes, self.objective)
+        if self.hybrid is not None:
+            self.hybrid.check_rows(len(x))
         start = time.perf_counter()
         stats = self._run.step(x, y)
         self.meter.step_seconds.append(time.perf_counter() - start)
@@ -258,7 +273,7 @@ class Trainer:
         return meter, [one[2] for one in everyone]
 
     def settle(self) -> None:
-        """As ``drain``, and what it finished is told by the next ``drain``."""
+        """As ``drain``, and what it finished is told by the next steps or ``drain``."""
         if isinstance(self._run, Ticks):
             self._run.finished = self._run.drain()
 

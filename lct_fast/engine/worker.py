@@ -16,6 +16,7 @@ from lct_fast.codecs import Codec, Encoded
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
 from lct_fast.engine.exits import score
 from lct_fast.engine.group import Group
+from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.meter import GroupMeter
 from lct_fast.engine.random_stream import RandomStream
 from lct_fast.methods import LocalStep, Method, Objective, Slot
@@ -39,6 +40,7 @@ class Settings:
     compile: bool = False
     memory_format: torch.memory_format = torch.preserve_format
     checksum: bool | None = None
+    hybrid: Hybrid | None = None
 
 
 @dataclass(slots=True)
@@ -151,7 +153,7 @@ class Worker:
                     span=self.meter.span,
                 )
         except RuntimeError as error:
-            if _out_of_memory(error):
+            if out_of_memory(error):
                 raise OutOfMemoryError(
                     f"group {self.index + 1} ran out of memory at batch {batch} of {len(h)} samples "
                     f"({first_line(error)}): use a smaller batch, accumulation, or more groups"
@@ -300,7 +302,8 @@ def learning_rate(workers: Iterable[Worker]) -> float | None:
     return None
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether ``error`` is torch's way to say that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or bool(
         re.search("can't allocate memory|not enough memory", str(error))
     )

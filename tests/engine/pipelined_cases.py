@@ -7,7 +7,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,16 @@ def _halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
 
 @dataclass(frozen=True)
 class Case:
-    """A method, its critic, and options of the trainer; ``dropout`` puts it before every cut."""
+    """A method, its critic, and options of the trainer; ``dropout`` puts it before every cut.
+
+    ``hybrid`` takes the schedule that is asked for.
+    """
 
     method: Callable[[], lct.Method]
     critic: str = "pooled_linear"
     options: dict[str, Any] = field(default_factory=dict)
     dropout: bool = False
+    hybrid: lct.Hybrid | None = None
 
     def trainer(self, count: int, schedule: str, seed: int = 0) -> lct.Trainer:
         """On ``count`` groups; lockstep with the delay that pipelined has."""
@@ -58,7 +62,8 @@ class Case:
             split_points=lct.models.default_splits("digits_cnn", count),
         )
         torch.manual_seed(17)
-        return lct.Trainer(groups, self.method(), schedule=schedule, **options)
+        how = replace(self.hybrid, schedule=schedule) if self.hybrid else schedule
+        return lct.Trainer(groups, self.method(), schedule=how, **options)
 
 
 CASES = {
