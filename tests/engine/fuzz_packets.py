@@ -116,7 +116,8 @@ def run(count: int, seed: int) -> Counter[str]:
     return ends
 
 
-def _use_native(path: Path) -> None:
+def use_native(path: Path) -> None:
+    """``lct_fast._C`` from this file."""
     loader = importlib.machinery.ExtensionFileLoader("lct_fast._C", str(path))
     spec = importlib.util.spec_from_file_location("lct_fast._C", path, loader=loader)
     assert spec is not None
@@ -135,7 +136,7 @@ def main() -> int:
     parser.add_argument("--native", type=Path)
     args = parser.parse_args()
     if args.native is not None:
-        _use_native(args.native)
+        use_native(args.native)
     torch.set_num_threads(1)
     for end, count in run(args.count, args.seed).most_common():
         print(f"{count:6d}  {end}")
