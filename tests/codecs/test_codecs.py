@@ -158,9 +158,9 @@ def test_the_two_ends_need_no_more_than_what_travels() -> None:
         assert torch.equal(y, both.decode(both.encode(x)))
         # The nearest words of those that the consumer has, though the producer's have moved on.
         assert there.known is not None and here.codebook is not None
-        rows = x.permute(0, 2, 3, 1).reshape(-1, 6)
-        assert torch.equal(encoded.tensors[0], ops.vq_encode(rows, there.known).codes)
-        assert not torch.equal(there.known, here.codebook)
+        rows, known = x.permute(0, 2, 3, 1).reshape(-1, 6), there.known.float()
+        assert torch.equal(encoded.tensors[0], ops.vq_encode(rows, known).codes)
+        assert not torch.equal(known, here.codebook)
     assert here.state()["version"] == there.state()["known_version"] > 1
 
 
