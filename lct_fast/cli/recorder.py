@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -53,7 +54,9 @@ class Recorder:
 
     def begin(self) -> None:
         """Training begins now."""
-        self.bar = tqdm(total=self.steps, initial=self.done, unit="batch", disable=self.quiet or None)
+        # Until the slow group of a simulation is done.
+        total = math.ceil(self.steps * self.config.slow_down)
+        self.bar = tqdm(total=total, initial=self.done, unit="batch", disable=self.quiet or None)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -82,12 +85,13 @@ class Recorder:
 
     def epoch(self, result: Evaluation) -> None:
         """The epoch's evaluation is there."""
-        epoch = -(-self.done // self.per_epoch)
+        done = self.trainer.batch
+        epoch = -(-done // self.per_epoch)
         self.folder.log(
             {
                 "kind": "epoch",
                 "epoch": epoch,
-                "step": self.done,
+                "step": done,
                 "seconds": self.seconds,
                 "train_loss": (self.epoch_sum / max(self.epoch_count, 1)).tolist(),
                 "test_loss": result.loss,
@@ -99,7 +103,7 @@ class Recorder:
         self.epoch_count = 0
         if not self.quiet:
             exits = " ".join(f"{a:.2%}" for a in result.accuracy)
-            tqdm.write(f"epoch {epoch:3d}  batch {self.done:6d}  test accuracy of the exits: {exits}")
+            tqdm.write(f"epoch {epoch:3d}  batch {done:6d}  test accuracy of the exits: {exits}")
         self.restart_clock()
 
     def end(self) -> None:

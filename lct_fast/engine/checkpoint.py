@@ -3,8 +3,8 @@
 step-00000120/group-1.safetensors group-1.json ... rng.safetensors manifest.json
 
 A group's files hold its weights, gradients within an accumulation, optimisers, schedulers, random state, codecs, the
-slots its critic has yet to learn from, the losses it owes the group before it, and its replay buffer. They are cut behind one batch and
-say nothing of processes, so a run may go on under another schedule.
+slots its critic has yet to learn from, the losses it owes the group before it, and its replay buffer. They are cut
+behind one batch and say nothing of processes, so a run may go on under another schedule.
 """
 
 from __future__ import annotations
