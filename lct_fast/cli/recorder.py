@@ -38,6 +38,7 @@ class Recorder:
     def position(self) -> dict[str, Any]:
         """What a resumed run needs besides the trainer's state."""
         return {
+            "done": self.done,
             "seconds": self.seconds,
             "interval": [losses.tolist() for losses in self.interval],
             "epoch_sum": self.epoch_sum.tolist(),
@@ -46,7 +47,7 @@ class Recorder:
 
     def restore(self, position: dict[str, Any]) -> None:
         """Takes up a position saved by ``position``."""
-        self.done = self.trainer.batch
+        self.done = position.get("done", self.trainer.batch)
         self.seconds = position["seconds"]
         self.interval = [torch.tensor(losses) for losses in position["interval"]]
         self.epoch_sum = torch.tensor(position["epoch_sum"])
@@ -85,13 +86,13 @@ class Recorder:
 
     def epoch(self, result: Evaluation) -> None:
         """The epoch's evaluation is there."""
-        done = self.trainer.batch
-        epoch = -(-done // self.per_epoch)
+        # Of the first group's batches; when groups go at their own pace, the last one's count is another.
+        epoch = -(-self.trainer.batch // self.per_epoch)
         self.folder.log(
             {
                 "kind": "epoch",
                 "epoch": epoch,
-                "step": done,
+                "step": self.done,
                 "seconds": self.seconds,
                 "train_loss": (self.epoch_sum / max(self.epoch_count, 1)).tolist(),
                 "test_loss": result.loss,
@@ -103,7 +104,7 @@ class Recorder:
         self.epoch_count = 0
         if not self.quiet:
             exits = " ".join(f"{a:.2%}" for a in result.accuracy)
-            tqdm.write(f"epoch {epoch:3d}  batch {done:6d}  test accuracy of the exits: {exits}")
+            tqdm.write(f"epoch {epoch:3d}  batch {self.done:6d}  test accuracy of the exits: {exits}")
         self.restart_clock()
 
     def end(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lct_fast.codecs import Encoded
 from lct_fast.engine.paced_group import Pace, PacedGroup
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.turns import Turns
@@ -99,11 +98,10 @@ class Asynchronous:
         if not group.learns and not self._wanted(k):
             return 0
         group.worker.meter.begin(group.updates)
-        taken = group.take()
-        if taken is None:
+        slot = group.take()
+        if slot is None:
             return 0
-        slot, h = taken
-        return self._work(k, slot.batch, h, slot.target)
+        return self._work(k, slot.batch, group.worker.decode(slot.coded), slot.target)
 
     def _wanted(self, k: int) -> bool:
         """Whether a group behind ``k`` learns."""
@@ -112,12 +110,13 @@ class Asynchronous:
     def _work(self, k: int, batch: int, h: Tensor, target: Tensor) -> int:
         group, sent = self.groups[k], 0
 
-        def send(coded: Encoded) -> None:
+        def send(h: Tensor) -> None:
             nonlocal sent
+            coded = group.worker.encode(h)
             sent = coded.nbytes
             self.groups[k + 1].keep(batch, coded, target, group.losses.clone())
 
-        to: Callable[[Encoded], None] | None = send if self._wanted(k) else None
+        to: Callable[[Tensor], None] | None = send if self._wanted(k) else None
         group.work(h, target, to)
         group.worker.meter.end()
         return sent

@@ -79,35 +79,38 @@ class PacedGroup:
         resolved = self.worker.decoder.resolve(coded.to(device))
         self.buffer.write(batch, resolved, target.to(device), losses.to(device))
 
-    def take(self) -> tuple[ReplaySlot, Tensor] | None:
-        """A slot of the buffer and its h [N, ...], decoded; None while there is none to take."""
+    def take(self) -> ReplaySlot | None:
+        """A slot of the buffer; None while there is none to take.
+
+        When the group only forwards, every slot is taken once: a second time would give the same.
+        """
         assert self.buffer is not None
-        slot = self.buffer.sample()
+        slot = self.buffer.sample(fresh=not self.learns)
         if slot is None:
             return None
         if self.learns:
             self.worker.meter.took(self.buffer.age(slot), slot.uses - 1)
         index = self.worker.index
         self.losses[:index] = slot.losses[:index]
-        return slot, self.worker.decode(slot.coded)
+        return slot
 
-    def work(self, h: Tensor, target: Tensor, send: Callable[[Encoded], None] | None) -> None:
+    def work(self, h: Tensor, target: Tensor, send: Callable[[Tensor], None] | None) -> None:
         """Trains on a batch, or only forwards it in evaluation mode if all updates are made.
 
         Args:
             h: h_{k-1} [N, ...]. target: as in ``Trainer.step``.
-            send: gets h_k, coded, before the update; None where nobody behind learns from it.
+            send: gets h_k, before the update; None where nobody behind learns from it.
         """
         worker, update = self.worker, self.updates
         h, target = worker.place(h), target.to(worker.device)
         if not self.learns:
             if send is not None:
-                send(worker.encode(worker.forward(h)))
+                send(worker.forward(h))
             return
         result = worker.train(update, h, target)
         self.losses[worker.index] = worker.mean(result.loss, target)
         if send is not None:
-            send(worker.encode(result.h))
+            send(result.h)
         worker.update(update)
         self.updates += 1
         worker.meter.updates = self.updates

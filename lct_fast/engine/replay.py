@@ -69,12 +69,16 @@ class ReplayBuffer:
         self.slots.append(ReplaySlot(batch, coded, target, losses, self.writes))
         self.writes += 1
 
-    def sample(self) -> ReplaySlot | None:
-        """The newest of the slots used least, one use more on its count; None while there is none to take."""
+    def sample(self, fresh: bool = False) -> ReplaySlot | None:
+        """The newest of the slots used least, one use more on its count; None while there is none to take.
+
+        With ``fresh`` only a slot that was never taken.
+        """
         if not self.slots:
             return None
         slot = min(self.slots, key=lambda slot: (slot.uses, -slot.written))
-        if self.reuse_limit is not None and slot.uses >= self.reuse_limit:
+        limit = 1 if fresh else self.reuse_limit
+        if limit is not None and slot.uses >= limit:
             return None
         slot.uses += 1
         return slot

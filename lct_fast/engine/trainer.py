@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lct_fast import codecs
+from lct_fast.engine.async_stage import AsyncStage
 from lct_fast.engine.asynchronous import Asynchronous
 from lct_fast.engine.batch_check import check_batch
 from lct_fast.engine.exits import Evaluation, summed
@@ -177,7 +178,16 @@ class Trainer:
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         seed = torch.initial_seed()
         self.ranks: Ranks | None = None
-        if pipelined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if (
+            schedule != "lockstep"
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        ):
+            if slow_down > 1:
+                raise ValueError(
+                    "slow_down simulates a slow group in one process: over processes leave it out"
+                )
             self.ranks = Ranks.join([g.units for g in self.groups], places[0])
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         # An end of a cut has a codec of its own.
@@ -194,7 +204,9 @@ class Trainer:
             for k in mine
         ]
         self._run: Lockstep | Ticks | Stage | Asynchronous
-        if self.ranks is not None:
+        if self.ranks is not None and schedule == "async":
+            self._run = AsyncStage(self.workers[0], self.ranks, pace)
+        elif self.ranks is not None:
             self._run = Stage(self.workers[0], self.ranks)
         elif schedule == "async":
             self._run = Asynchronous(self.workers, pace, seed)
@@ -215,7 +227,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Async: whether every group has made its updates. Elsewhere a batch that was given is all there is to do."""
-        return self._run.finished if isinstance(self._run, Asynchronous) else True
+        return self._run.finished if isinstance(self._run, Asynchronous | AsyncStage) else True
 
     def step(self, x: Tensor, y: Tensor) -> Stats:
         """Train on one batch. Over processes, called in the first group's.
