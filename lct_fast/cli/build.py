@@ -145,7 +145,16 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         compile=config.compile,
         channels_last=config.channels_last,
         checksum=config.checksum,
+        **_pace(config, steps),
     )
+
+
+def _pace(config: Config, steps: int) -> dict[str, Any]:
+    """The options that only an asynchronous run has."""
+    if config.schedule != "async":
+        return {}
+    names = ("buffer", "reuse_limit", "slow_group", "slow_down")
+    return {"steps": steps} | {name: getattr(config, name) for name in names}
 
 
 def _method(config: Config) -> Method:

@@ -14,6 +14,7 @@ import yaml
 from lct_fast import codecs
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.trainer import PIPELINED_DELAY, SCHEDULES
+from lct_fast.methods import Greedy
 
 METHODS = ("local-critic", "greedy", "backprop")
 LR_SCHEDULES = ("onecycle", "step", "cosine", "constant")
@@ -59,6 +60,12 @@ class Config:
     )
     serial_block: int = _option(16, "such batches in a row")
     serial_microbatches: int = _option(1, "equal parts that such a batch is cut into")
+    buffer: int = _option(1, "async: slots of the replay buffer at each cut")
+    reuse_limit: int | None = _option(
+        None, "async: how often a group trains on what a slot holds at most; with all at it the group idles"
+    )
+    slow_group: int | None = _option(None, "async in one process: number of the group that is slow")
+    slow_down: float = _option(1.0, "async in one process: how many times as slow that group is")
     epochs: int = _option(None, "passes over the data")
     steps: int | None = _option(None, "stop after this many batches; with it, epochs only bounds the run")
     batch_size: int = _option(None, "samples a batch")
@@ -136,10 +143,10 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         choices, value = f.metadata["choices"], getattr(config, key)
         if choices and value not in choices:
             raise ConfigError(f"{key}: expected one of {', '.join(choices)}; got {value!r}")
-    for key in ("groups", "critic_every", "epochs", "batch_size", "accumulate", "log_every"):
+    for key in ("groups", "critic_every", "epochs", "batch_size", "accumulate", "log_every", "buffer"):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}: expected a number >= 1, got {getattr(config, key)}")
-    for key in ("limit", "steps", "threads", "checkpoint_every"):
+    for key in ("limit", "steps", "threads", "checkpoint_every", "reuse_limit"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise ConfigError(f"{key}: expected a number >= 1, got {getattr(config, key)}")
     for key in ("lr", "critic_lr"):
@@ -155,6 +162,7 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     if config.schedule == "pipelined" and config.feedback_delay < 1:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
     _check_serial(config)
+    _check_async(config, known)
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
 
@@ -170,6 +178,22 @@ def _check_serial(config: Config) -> None:
         raise ConfigError(
             "serial: all batches of backprop are serial; leave --serial out, or choose another method"
         )
+
+
+def _check_async(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
+    if config.schedule != "async":
+        for key in ("buffer", "reuse_limit", "slow_group", "slow_down"):
+            if getattr(config, key) != known[key].default:
+                raise ConfigError(f"{key}: is for --schedule async, this run's is {config.schedule}")
+        return
+    if config.method != Greedy.name:
+        raise ConfigError(f"{config.method} has no async schedule: use --method greedy")
+    if not 1 <= config.slow_down < float("inf"):
+        raise ConfigError(f"slow_down: expected a number >= 1, got {config.slow_down}")
+    if config.slow_group is not None and not 1 <= config.slow_group <= config.groups:
+        raise ConfigError(f"slow_group: expected 1..{config.groups}, got {config.slow_group}")
+    if config.slow_down > 1 and config.slow_group is None:
+        raise ConfigError(f"slow_down {config.slow_down}: say which group is slow with --slow-group")
 
 
 def _typed(f: dataclasses.Field[Any], value: Any) -> Any:

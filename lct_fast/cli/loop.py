@@ -28,12 +28,12 @@ def run_here(
 ) -> Final:
     """Trains to the end in this process, and returns the evaluation of what was trained."""
     recorder.begin()
-    while trainer.batch < recorder.steps:
+    while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
         for _, x, y in batches.epoch(epoch, start):
             recorder.record(trainer.step(x, y))
-            done = trainer.batch
-            ends, saves = recorder.ends_epoch(done), _saves(config, recorder, done)
+            done, over = trainer.batch, _over(trainer, recorder)
+            ends, saves = recorder.ends_epoch(done) or over, not over and _saves(config, recorder, done)
             if ends or saves:
                 for stats in trainer.drain():
                     recorder.record(stats)
@@ -42,7 +42,7 @@ def run_here(
             if saves:
                 checkpoint.save(trainer, checkpoints, recorder.position())
                 recorder.restart_clock()
-            if done == recorder.steps:
+            if over:
                 break
     recorder.end()
     trainer.flush()
@@ -60,16 +60,16 @@ def drive(
         checkpoint.save(trainer, checkpoints)
         trainer.mark(_CHECKPOINT)
 
-    while trainer.batch < recorder.steps:
+    while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
         for _, x, y in batches.epoch(epoch, start):
             trainer.step(x, y)
-            done = trainer.batch
-            if recorder.ends_epoch(done):
+            done, over = trainer.batch, _over(trainer, recorder)
+            if recorder.ends_epoch(done) or over:
                 trainer.evaluate((x, y) for _, x, y in test.epoch(0))
-            if _saves(config, recorder, done):
+            if not over and _saves(config, recorder, done):
                 save()
-            if done == recorder.steps:
+            if over:
                 break
     trainer.flush()
     trainer.mark(_FLUSHED)
@@ -114,10 +114,15 @@ def end(trainer: Trainer) -> None:
         list(trainer.events())
 
 
+def _over(trainer: Trainer, recorder: Recorder) -> bool:
+    """Whether every group has made the run's updates; asynchronous ones take more batches than that."""
+    return trainer.batch >= recorder.steps and trainer.finished
+
+
 def _saves(config: Config, recorder: Recorder, done: int) -> bool:
     """Whether a checkpoint is due after ``done`` batches; the last one comes after the flush."""
     every = config.checkpoint_every
-    return done < recorder.steps and (done % every == 0 if every else recorder.ends_epoch(done))
+    return done % every == 0 if every else recorder.ends_epoch(done)
 
 
 def _result(trainer: Trainer, test: Batches, coded: bool = False) -> Evaluation:

@@ -28,15 +28,19 @@ def check(config: Config) -> None:
     size = count()
     if size == 1:
         return
-    if config.schedule != "pipelined":
+    if config.schedule == "lockstep":
         raise ConfigError(
             f"torchrun started {size} processes, but --schedule {config.schedule} runs in one: use --schedule "
             f"pipelined, or start without torchrun"
         )
+    if config.slow_down > 1:
+        raise ConfigError(
+            "slow_down simulates a slow group in one process: leave it out, or start without torchrun"
+        )
     if config.groups != size:
         raise ConfigError(
-            f"pipelined over processes takes one process a group: --groups {config.groups}, but torchrun started "
-            f"{size} processes; use --nproc-per-node {config.groups} or --groups {size}"
+            f"{config.schedule} over processes takes one process a group: --groups {config.groups}, but torchrun "
+            f"started {size} processes; use --nproc-per-node {config.groups} or --groups {size}"
         )
 
 

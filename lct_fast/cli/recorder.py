@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from math import isnan, nan
 from typing import Any
@@ -38,6 +39,7 @@ class Recorder:
     def position(self) -> dict[str, Any]:
         """What a resumed run needs besides the trainer's state."""
         return {
+            "done": self.done,
             "seconds": self.seconds,
             "interval": [[None if isnan(v) else v for v in losses.tolist()] for losses in self.interval],
             "epoch_sum": self.epoch_sum.tolist(),
@@ -46,7 +48,7 @@ class Recorder:
 
     def restore(self, position: dict[str, Any]) -> None:
         """Takes up a position saved by ``position``."""
-        self.done = self.trainer.batch
+        self.done = position.get("done", self.trainer.batch)
         self.seconds = position["seconds"]
         self.interval = [
             torch.tensor([nan if v is None else v for v in losses]) for losses in position["interval"]
@@ -56,7 +58,9 @@ class Recorder:
 
     def begin(self) -> None:
         """Training begins now."""
-        self.bar = tqdm(total=self.steps, initial=self.done, unit="batch", disable=self.quiet or None)
+        # Until the slow group of a simulation is done.
+        total = math.ceil(self.steps * self.config.slow_down)
+        self.bar = tqdm(total=total, initial=self.done, unit="batch", disable=self.quiet or None)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -86,12 +90,14 @@ class Recorder:
 
     def epoch(self, result: Evaluation) -> None:
         """The epoch's evaluation is there."""
-        epoch = -(-self.done // self.per_epoch)
+        # Of the first group; when groups go at their own pace, the last one is elsewhere, or has finished.
+        batch = self.trainer.batch
+        epoch = -(-batch // self.per_epoch)
         self.folder.log(
             {
                 "kind": "epoch",
                 "epoch": epoch,
-                "step": self.done,
+                "step": batch,
                 "seconds": self.seconds,
                 "train_loss": (self.epoch_sum / self.epoch_count).tolist(),
                 "test_loss": result.loss,
@@ -103,7 +109,7 @@ class Recorder:
         self.epoch_count.zero_()
         if not self.quiet:
             exits = " ".join(f"{a:.2%}" for a in result.accuracy)
-            tqdm.write(f"epoch {epoch:3d}  batch {self.done:6d}  test accuracy of the exits: {exits}")
+            tqdm.write(f"epoch {epoch:3d}  batch {batch:6d}  test accuracy of the exits: {exits}")
         self.restart_clock()
 
     def end(self) -> None:

@@ -95,7 +95,7 @@ def train(
         folder.create(config)
     processes.from_first(None)
     if trainer.last:
-        folder.open(trainer.batch)
+        folder.open(recorder.done, trainer.batch)
     try:
         if images is None:
             result = loop.follow(trainer, recorder, folder.checkpoints)
@@ -166,7 +166,7 @@ def _summary(
         "feedback_delay": trainer.settings.feedback_delay if trainer.method.uses_feedback else None,
         "processes": processes.count(),
         "seed": config.seed,
-        "steps": trainer.batch,
+        "steps": recorder.steps,
         "epochs": config.epochs,
         "test_accuracy": result.plain.accuracy[-1],
         "exit_test_accuracy": result.plain.accuracy,
@@ -182,6 +182,7 @@ def _summary(
         "efficiency": meter.efficiency() if timed else None,
         "imbalance": meter.imbalance() if on_cpu else None,
         "critic_tax": meter.critic_tax() if on_cpu else None,
+        "replay": meter.replay() if config.schedule == "async" else None,
         "parameters": sum(parameter_count(g) for g in trainer.groups),
         "device": ", ".join(sorted({device_name(w.device) for w in trainer.workers})),
         "threads": torch.get_num_threads(),

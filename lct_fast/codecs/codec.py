@@ -112,6 +112,15 @@ class Codec:
         """Whether decoding gives back the tensor itself."""
         return self.name == "none"
 
+    def resolve(self, encoded: Encoded) -> Encoded:
+        """At the consumer, in order of arrival: the same with all that decoding needs, so it may be decoded later,
+        in any order and as often as one likes.
+
+        Raises:
+            CodecError: as ``decode``.
+        """
+        return encoded
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and plain data."""
         return {}

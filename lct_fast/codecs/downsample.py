@@ -40,19 +40,26 @@ class Downsample(Codec):
         coded = self.inner.encode(_as(small, _channels_last(x.stride())), learn=learn)
         return Encoded(coded.tensors, Layout.of(x), coded.version)
 
+    def resolve(self, encoded: Encoded) -> Encoded:
+        inner = self.inner.resolve(self._averages(encoded))
+        return Encoded(inner.tensors, encoded.layout, inner.version)
+
     def decode(self, encoded: Encoded) -> Tensor:
         layout = encoded.layout
-        if len(layout.shape) != 4:
-            raise CodecError(f"{self.name}: expected a feature map, got shape {list(layout.shape)}")
-        shape = self._small(layout.shape)
-        last = _channels_last(layout.stride)
-        stride = _as(torch.empty(shape, device="meta"), last).stride()
-        inner = Layout(shape, stride, layout.dtype)
-        small = self.inner.decode(Encoded(encoded.tensors, inner, encoded.version))
+        small = self.inner.decode(self._averages(encoded))
         if layout.size == 0:
             return small.new_empty(layout.shape)
         y = functional.interpolate(small, layout.shape[2:], mode="bilinear", align_corners=False)
         return laid_out(y, layout)
+
+    def _averages(self, encoded: Encoded) -> Encoded:
+        """What came, as the inner codec's."""
+        layout = encoded.layout
+        if len(layout.shape) != 4:
+            raise CodecError(f"{self.name}: expected a feature map, got shape {list(layout.shape)}")
+        shape = self._small(layout.shape)
+        stride = _as(torch.empty(shape, device="meta"), _channels_last(layout.stride)).stride()
+        return Encoded(encoded.tensors, Layout(shape, stride, layout.dtype), encoded.version)
 
     def _small(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         n, channels, height, width = shape

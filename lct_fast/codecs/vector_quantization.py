@@ -59,7 +59,7 @@ class VectorQuantization(Codec):
         self.batches = 0
         # Whether the consumer lacks the codebook that is in use; never between two calls of encode.
         self._unsent = False
-        # The consumer's.
+        # The consumer's, in bf16 as it came.
         self.known: Tensor | None = None
         self.known_version = 0
 
@@ -100,7 +100,7 @@ class VectorQuantization(Codec):
             self._unsent = False
         return Encoded(tensors, Layout.of(h), self.version)
 
-    def decode(self, encoded: Encoded) -> Tensor:
+    def resolve(self, encoded: Encoded) -> Encoded:
         codes, *rest = encoded.tensors
         layout = encoded.layout
         if len(layout.shape) < 2:
@@ -108,7 +108,7 @@ class VectorQuantization(Codec):
         channels = layout.shape[1] if len(layout.shape) == 4 else layout.shape[-1]
         if rest and (len(rest) > 1 or rest[0].dtype != torch.bfloat16):
             raise CodecError(f"{self.name}: expected a codebook in bf16, got {[t.dtype for t in rest]}")
-        known = rest[0].float() if rest else self.known
+        known = rest[0] if rest else self.known
         if known is None or (not rest and encoded.version != self.known_version):
             raise CodecError(f"{self.name}: expected codebook {self.known_version}, got {encoded.version}")
         whole = channels > 0 and channels % self.depth == 0
@@ -116,10 +116,20 @@ class VectorQuantization(Codec):
             raise CodecError(
                 f"{self.name}: a codebook {list(known.shape)} does not belong to {channels} channels"
             )
-        self.known, self.known_version = known, encoded.version
+        # Only a newer one is the producer's; an older one belongs to a batch that was kept for later.
+        if encoded.version > self.known_version:
+            # What comes over a link lies in memory that is used again.
+            known = self.known = known.clone()
+            self.known_version = encoded.version
+        return Encoded((codes, known), layout, encoded.version)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        codes, known = self.resolve(encoded).tensors
+        layout = encoded.layout
+        channels = layout.shape[1] if len(layout.shape) == 4 else layout.shape[-1]
         dtype = layout.dtype if layout.dtype in _FLOATS else torch.float32
         try:
-            x = ops.vq_decode(codes, self.known, layout.size // channels, dtype)
+            x = ops.vq_decode(codes, known.float(), layout.size // channels, dtype)
         except (ValueError, TypeError) as error:
             raise CodecError(f"{self.name}: {error}") from None
         return _from_rows(x, layout)
@@ -145,6 +155,8 @@ class VectorQuantization(Codec):
             return state[name].to(device).clone() if name in state else None
 
         self.codebook, self.sent, self.known = place("codebook"), place("sent"), place("known")
+        # Earlier checkpoints have the same values in fp32.
+        self.known = None if self.known is None else self.known.bfloat16()
         counts, sums = place("counts"), place("sums")
         self.averages = None if counts is None or sums is None else ops.VQState(counts, sums)
 

@@ -3,8 +3,8 @@
 step-00000120/group-1.safetensors group-1.json ... rng.safetensors manifest.json
 
 A group's files hold its weights, gradients within an accumulation, optimisers, schedulers, random state, codecs, the
-slots its critic has yet to learn from, and the losses it owes the group before it. They are cut behind one batch and
-say nothing of processes, so a run may go on under another schedule.
+slots its critic has yet to learn from, the losses it owes the group before it, and its replay buffer. They are cut
+behind one batch and say nothing of processes, so a run may go on under another schedule.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FORMAT = 3
 _COUNTERS = (
     *("samples", "wire_bytes", "raw_bytes", "feedback_bytes"),
     *("serial_steps", "serial_seconds", "serial_bytes"),
+    *("updates", "reused", "age"),
 )
 
 
@@ -96,6 +97,7 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
                 read[k] = _read_group(path, k, manifest)
         _check_state(path, worker, read[worker.index][0])
         _check_codecs(path, worker, read[worker.index][1])
+        _check_kept(path, worker, read[worker.index][1])
     rng = _read(path, "rng.safetensors", manifest["sha256"].get("rng.safetensors"))
     for worker in trainer.workers:
         _unpack_worker(worker, *read[worker.index])
@@ -218,6 +220,13 @@ def _check_codecs(path: Path, worker: Worker, description: dict[str, Any]) -> No
             raise CheckpointError(f"{path} was made with codec {saved['codec']}, this run uses {codec.name}")
 
 
+def _check_kept(path: Path, worker: Worker, description: dict[str, Any]) -> None:
+    if worker.kept is not None and description.get("kept") is None:
+        raise CheckpointError(
+            f"{path} holds no replay buffers: it is of a run with another schedule than async"
+        )
+
+
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
@@ -240,6 +249,7 @@ def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
         codec = getattr(worker, name)
         description[name] = codec and {"codec": codec.name, "state": _pack(codec.state(), name, tensors)}
     description["owed"] = _pack(list(worker.owed), "owed", tensors)
+    description["kept"] = worker.kept and _pack(worker.kept.state(), "kept", tensors)
     description["random"] = _pack(worker.random.state, "random", tensors)
     description["meter"] = {name: getattr(worker.meter, name) for name in _COUNTERS}
     return {n: t.detach().contiguous().clone() for n, t in tensors.items()}, description
@@ -265,6 +275,8 @@ def _unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict
         if description[name] is not None:
             state = _unpack(description[name]["state"], tensors)
             getattr(worker, name).load_state(state, worker.device)
+    if worker.kept is not None:
+        worker.kept.load_state(_unpack(description["kept"], tensors))
     worker.random.state = _unpack(description["random"], tensors)
     for name, value in description["meter"].items():
         setattr(worker.meter, name, value)

@@ -189,6 +189,10 @@ class Inbox(_End):
         self._slot = slot
         return packet
 
+    def has_next(self) -> bool:
+        """Whether ``get`` returns, or raises, at once."""
+        return not self.full.empty()
+
     def release(self) -> None:
         """The tensors of the packet got last are not needed any more."""
         self._record(self._slot)

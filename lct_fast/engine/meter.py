@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # A critic's own forward, backward and update, everything plain back-propagation would not do.
 CRITIC = ("critic", "critic update")
@@ -74,6 +74,8 @@ class GroupMeter:
         seconds: per name of span, over all ticks but the warm-up.
         ticks: the latest 1,000.
         samples: trained on.
+        updates, reused, age: of an asynchronous run: batches trained on; those of them that had been taken from the
+            buffer before; batches written to it since theirs, summed over all.
         wire_bytes, raw_bytes: sent forward, and what fp32 would have been. feedback_bytes: from behind, applied.
         serial_steps, serial_seconds: serial steps (``Hybrid``) and what they took; they are no ticks.
         serial_bytes: of h_k forward and its gradient back, in serial steps; ``wire_bytes`` is without them.
@@ -94,6 +96,9 @@ class GroupMeter:
     serial_steps: int = 0
     serial_seconds: float = 0.0
     serial_bytes: int = 0
+    updates: int = 0
+    reused: int = 0
+    age: int = 0
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -141,6 +146,11 @@ class GroupMeter:
     def add_exposed(self, seconds: float) -> None:
         """That much of the wait for input was transfer."""
         self._exposed += seconds
+
+    def took(self, age: int, uses: int) -> None:
+        """A batch to train on came out of a replay buffer, with ``age`` newer ones there and ``uses`` uses before."""
+        self.age += age
+        self.reused += uses > 0
 
     def trace_from_here(self, ticks: int) -> None:
         """Forgets the trace so far and keeps that of the next ``ticks`` ticks."""
@@ -217,6 +227,17 @@ class Meter:
     def per_sample(self, count: int) -> float:
         """``count`` divided by the samples seen."""
         return count / self.samples if self.samples else 0.0
+
+    def replay(self) -> dict[str, list[Any]]:
+        """Of an asynchronous run, per group: batches trained on, their mean age and how many were used before.
+
+        The age of a batch is the number of newer ones in the buffer when it is taken; group 1 has none.
+        """
+        return {
+            "updates": [g.updates for g in self.groups],
+            "mean_age": [g.age / g.updates if g.updates else 0.0 for g in self.groups],
+            "reused": [g.reused for g in self.groups],
+        }
 
     def step_seconds_median(self) -> float | None:
         """Median seconds from one finished batch to the next, over the latest 1,000."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_fast.codecs import Codec, CodecError, Identity, dense
+from lct_fast.codecs import Codec, CodecError, Encoded, Identity, dense
 from lct_fast.engine import packet as wire
 from lct_fast.engine.errors import PacketError
 from lct_fast.engine.exits import Evaluation, summed
@@ -45,6 +45,9 @@ class Stage:
         batch: number of the next batch.
     """
 
+    # Whether something travels backward whatever the method.
+    answers = False
+
     def __init__(self, worker: Worker, ranks: Ranks) -> None:
         self.worker, self.ranks = worker, ranks
         self.batch = 0
@@ -52,15 +55,15 @@ class Stage:
         self._scores = torch.zeros(ranks.size, 4, dtype=torch.float64)
         # Feedback of at most this many batches can have come and not be due yet.
         early = max(worker.settings.feedback_delay, 1) + 1
-        learns = worker.settings.method.uses_feedback
+        answers = worker.settings.method.uses_feedback or self.answers
         before, behind = ranks.rank - 1, ranks.rank + 1
         self.inbox = None if self.first else Inbox(**self._end(before, _FORWARD, DEPTH, "receive"))
         self.outbox = None if self.last else Outbox(**self._end(behind, _FORWARD, DEPTH, "send"))
         self.feedback: Inbox | None = None
         self.owing: Outbox | None = None
-        if learns and not self.last:
+        if answers and not self.last:
             self.feedback = Inbox(**self._end(behind, _BACKWARD, early, "receive feedback"))
-        if learns and not self.first:
+        if answers and not self.first:
             self.owing = Outbox(**self._end(before, _BACKWARD, DEPTH, "send feedback"))
         hybrid = worker.settings.hybrid
         self.serial = SerialStage(worker, ranks, hybrid) if hybrid else None
@@ -147,30 +150,37 @@ class Stage:
                 inbox.release()
                 yield self._serial_step(self._serial_stage(), None, example, target)
                 continue
-            if packet.kind is Kind.EVALUATE:
-                target, scores = packet.tensors
-                self._evaluate(worker.place(self._decode(packet)), target, scores.clone(), bool(packet.value))
-                continue
-            inbox.release()
-            if packet.kind is Kind.EVALUATED:
-                result = self._evaluated()
-                if result is not None:
-                    yield result
-            elif packet.kind is Kind.MARK:
-                yield Mark(packet.batch, packet.value)
-                self._forward(packet)
-            elif packet.kind is Kind.LEARNING_RATE:
-                worker.set_learning_rate(wire.bits_float(packet.value))
-                self._forward(packet)
-            elif packet.kind is Kind.FLUSH:
-                self._forward(packet)
-                self._flush()
-            else:
-                self._forward(packet)
-                self._close()
+            yield from self._meet(packet)
+            if packet.kind is Kind.STOP:
                 return
 
     # What all do.
+
+    def _meet(self, packet: Packet) -> Iterator[Event]:
+        """Does what a packet asks that is no batch to train on, and passes it on."""
+        assert self.inbox is not None
+        if packet.kind is Kind.EVALUATE:
+            target, scores = packet.tensors
+            h = self.worker.place(self._decode(packet))
+            self._evaluate(h, target, scores.clone(), bool(packet.value))
+            return
+        self.inbox.release()
+        if packet.kind is Kind.EVALUATED:
+            result = self._evaluated()
+            if result is not None:
+                yield result
+        elif packet.kind is Kind.MARK:
+            yield Mark(packet.batch, packet.value)
+            self._forward(packet)
+        elif packet.kind is Kind.LEARNING_RATE:
+            self.worker.set_learning_rate(wire.bits_float(packet.value))
+            self._forward(packet)
+        elif packet.kind is Kind.FLUSH:
+            self._forward(packet)
+            self._flush()
+        else:
+            self._forward(packet)
+            self._close()
 
     def _train(self, h: Tensor, target: Tensor, losses: Tensor) -> Stats:
         worker, batch = self.worker, self.batch
@@ -231,18 +241,25 @@ class Stage:
         self.outbox.put(Packet(Kind.TRAIN, batch, [dense(target), losses], coded=coded, codec=codec))
         return coded.nbytes
 
-    def _decode(self, packet: Packet) -> Tensor:
-        decoder: Codec | None = self.worker.decoder
+    def _decoder(self, packet: Packet) -> Codec:
         if packet.kind is Kind.EVALUATE and not packet.value:
-            decoder = Identity()
-        assert decoder is not None
+            return Identity()
+        assert self.worker.decoder is not None
+        return self.worker.decoder
+
+    def _coded(self, packet: Packet) -> Encoded:
+        """What travels of a tensor, if the codec that made it is the one this process decodes with."""
+        decoder = self._decoder(packet)
         if packet.coded is None or packet.codec != wire.codec_number(decoder.name):
             raise PacketError(
                 f"packet codec: expected {decoder.name}, got another (number {packet.codec:#x}); give every process "
                 f"the same codec"
             )
+        return packet.coded
+
+    def _decode(self, packet: Packet) -> Tensor:
         try:
-            return self.worker.decode(packet.coded, decoder)
+            return self.worker.decode(self._coded(packet), self._decoder(packet))
         except CodecError as error:
             raise PacketError(f"batch {packet.batch}: {error}") from None
 
@@ -299,9 +316,12 @@ class Stage:
         if self.outbox is not None:
             self.outbox.put(Packet(packet.kind, packet.batch, value=packet.value))
 
-    def _close(self) -> None:
+    def _end_answers(self) -> None:
         if self.owing is not None:
             self.owing.put(Packet(Kind.STOP, self.batch - 1))
+
+    def _close(self) -> None:
+        self._end_answers()
         for end in (self.outbox, self.owing, self.inbox, self.feedback):
             if end is not None:
                 end.close()

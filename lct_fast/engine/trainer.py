@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lct_fast import codecs
 from lct_fast.engine import auto_codec
+from lct_fast.engine.async_stage import AsyncStage
+from lct_fast.engine.asynchronous import Asynchronous
 from lct_fast.engine.auto_codec import Choice
 from lct_fast.engine.batch_check import check_batch
 from lct_fast.engine.exits import Evaluation, summed
@@ -19,16 +21,17 @@ from lct_fast.engine.group import Group, exit_module, join
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.lockstep import Lockstep
 from lct_fast.engine.meter import Meter
+from lct_fast.engine.paced_group import Pace
 from lct_fast.engine.ranks import Ranks
 from lct_fast.engine.stage import DEPTH, Stage
 from lct_fast.engine.stats import Event, Stats
 from lct_fast.engine.ticks import Ticks
 from lct_fast.engine.worker import SchedulerFactory, Settings, Worker
-from lct_fast.methods import Method, Objective
+from lct_fast.methods import Greedy, Method, Objective
 from lct_fast.methods.method import OptimizerFactory
 from lct_fast.methods.objective import LossFunction
 
-SCHEDULES = ("lockstep", "pipelined")
+SCHEDULES = ("lockstep", "pipelined", "async")
 # With this delay feedback comes before it is due, however far a link lets a group run ahead.
 PIPELINED_DELAY = DEPTH + 1
 
@@ -72,8 +75,9 @@ class Trainer:
             weight decay 5e-4 (arXiv 2102.01963).
         scheduler: factory ``optimizer -> LR scheduler`` for each group's optimiser, stepped once an update.
         schedule: "lockstep", one batch through all groups; or "pipelined", group k on batch t - k at tick t, over
-            processes if torch.distributed is initialised with more than one, else in this one. ``Hybrid(...)``
-            mixes blocks of ordinary back-propagation into either.
+            processes if torch.distributed is initialised with more than one, else in this one; or "async", every
+            group at its own pace out of a replay buffer (``Greedy()`` only), over processes as above or as a seeded
+            simulation in this one. ``Hybrid(...)`` mixes blocks of ordinary back-propagation into the first two.
         feedback_delay: critic k learns from batch t after group k's update on batch t + d. Default 0 in lockstep and 3
             pipelined; pipelined it is at least 1, and below 3 groups may wait for it. With the same delay, pipelined
             and lockstep give the same bits.
@@ -87,6 +91,11 @@ class Trainer:
         channels_last: keep 4-d tensors in channels-last memory.
         checksum: over processes, whether the contents of packets carry a sum that the consumer checks (headers always
             do); default: on the CPU.
+        steps: async, needed there: batches each group trains on. ``step`` takes more than that until ``finished``.
+        buffer: async: slots of the replay buffer at each cut.
+        reuse_limit: async: how often a group takes a slot at most; with all at it the group idles. Default no limit.
+        slow_group, slow_down: async, simulated: that group (1-based) gets a turn ``slow_down`` times as seldom as
+            another one.
 
     Attributes:
         wires: the codec's spec for each cut.
@@ -119,6 +128,11 @@ class Trainer:
         compile: bool = False,
         channels_last: bool = False,
         checksum: bool | None = None,
+        steps: int | None = None,
+        buffer: int = 1,
+        reuse_limit: int | None = None,
+        slow_group: int | None = None,
+        slow_down: float = 1.0,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -142,6 +156,15 @@ class Trainer:
             raise ValueError(
                 f"{method.name} has no pipelined schedule here: use torch.distributed.pipelining, or a method whose "
                 f"groups learn on their own"
+            )
+        pace = Pace(steps, buffer, reuse_limit, slow_group, slow_down)
+        if schedule == "async":
+            if method.name != Greedy.name:
+                raise ValueError(f"{method.name} has no async schedule: use greedy")
+            pace.check(len(groups))
+        elif pace != Pace():
+            raise ValueError(
+                f"steps, buffer, reuse_limit, slow_group and slow_down are for schedule async, this one is {schedule}"
             )
         if feedback_delay is None:
             feedback_delay = PIPELINED_DELAY if pipelined else 0
@@ -177,7 +200,16 @@ class Trainer:
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         seed = torch.initial_seed()
         self.ranks: Ranks | None = None
-        if pipelined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if (
+            schedule != "lockstep"
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        ):
+            if slow_down > 1:
+                raise ValueError(
+                    "slow_down simulates a slow group in one process: over processes leave it out"
+                )
             self.ranks = Ranks.join([g.units for g in self.groups], places[0])
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         self.workers = [
@@ -192,9 +224,13 @@ class Trainer:
             worker.decoder, worker.encoder = (
                 None if spec is None else codecs.build(spec) for spec in ends[worker.index : worker.index + 2]
             )
-        self._run: Lockstep | Ticks | Stage
-        if self.ranks is not None:
+        self._run: Lockstep | Ticks | Stage | Asynchronous
+        if self.ranks is not None and schedule == "async":
+            self._run = AsyncStage(self.workers[0], self.ranks, pace)
+        elif self.ranks is not None:
             self._run = Stage(self.workers[0], self.ranks)
+        elif schedule == "async":
+            self._run = Asynchronous(self.workers, pace, seed)
         else:
             self._run = (Ticks if pipelined else Lockstep)(self.workers)
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
@@ -209,8 +245,15 @@ class Trainer:
     def batch(self, value: int) -> None:
         self._run.batch = value
 
+    @property
+    def finished(self) -> bool:
+        """Async: whether every group has made its updates. Elsewhere a batch that was given is all there is to do."""
+        return self._run.finished if isinstance(self._run, Asynchronous | AsyncStage) else True
+
     def step(self, x: Tensor, y: Tensor) -> Stats:
         """Train on one batch. Over processes, called in the first group's.
+
+        Async it returns when group 1 has taken the batch; the others are where they are.
 
         Args:
             x: the model's input, [N, ...], floating point or token ids.
@@ -291,7 +334,7 @@ class Trainer:
 
     def set_learning_rate(self, rate: float) -> None:
         """The learning rate of every group's optimiser from the next batch on; critics keep theirs."""
-        if isinstance(self._run, Stage):
+        if isinstance(self._run, Stage | Asynchronous):
             self._run.set_learning_rate(rate)
             return
         self.settle()

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,14 @@ class Pending:
     next_loss: Tensor | None = None
 
 
+class Stateful(Protocol):
+    """Something a checkpoint keeps: tensors and plain data out, the same in."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
 class Worker:
     """Trains one group: for batch t ``train``, ``update`` and ``learn``, in this order.
 
@@ -68,6 +76,7 @@ class Worker:
         pending: batches whose feedback is still to be applied, oldest first.
         owed: losses [N] of the latest ``feedback_delay`` batches that the group before learns from, oldest first.
         meter: the group's own.
+        kept: what a schedule has beside it that a checkpoint keeps with the group.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class Worker:
         self.pending: deque[Pending] = deque()
         self.owed: deque[tuple[int, Tensor]] = deque()
         self.meter = GroupMeter(index, group.last)
+        self.kept: Stateful | None = None
 
     def _ready(self, module: nn.Module) -> nn.Module:
         return torch.compile(module) if self.settings.compile else module  # type: ignore[return-value]
@@ -240,6 +250,12 @@ class Worker:
         if self.pending:
             self._apply(batch)
             self._update_critic()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h_k in evaluation mode, for groups behind that still learn when this one has finished."""
+        self.group.eval()
+        with torch.no_grad(), self.meter.span("forward"), self.autocast():
+            return self.group.layers(h)
 
     def evaluate(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """h_k and the exit's ``score`` on these samples, in evaluation mode."""

@@ -239,9 +239,9 @@ def test_the_two_ends_need_no_more_than_what_travels() -> None:
         assert torch.equal(y, both.decode(both.encode(x)))
         # The nearest words of those that the consumer has, though the producer's have moved on.
         assert there.known is not None and here.codebook is not None
-        rows = x.permute(0, 2, 3, 1).reshape(-1, 6)
-        assert torch.equal(encoded.tensors[0], ops.vq_encode(rows, there.known).codes)
-        assert not torch.equal(there.known, here.codebook)
+        rows, known = x.permute(0, 2, 3, 1).reshape(-1, 6), there.known.float()
+        assert torch.equal(encoded.tensors[0], ops.vq_encode(rows, known).codes)
+        assert not torch.equal(known, here.codebook)
     assert here.state()["version"] == there.state()["known_version"] > 1
 
 
@@ -345,3 +345,17 @@ def test_channels_that_the_depth_does_not_divide_are_refused() -> None:
     codecs.build("downsample:2+vq:8,3").check((6, 2, 3))
     with pytest.raises(ValueError, match="got 4"):
         codecs.build("vq:8,5").check((6, 4))
+
+
+@pytest.mark.parametrize("spec", ["vq:4,2", "downsample:2+vq:4,2"])
+def test_what_is_kept_decodes_with_the_codebook_that_coded_it(spec: str) -> None:
+    here, there = codecs.build(spec), codecs.build(spec)
+    kept, expected = [], []
+    for step in range(40):
+        encoded = here.encode(_clusters(32, shift=step / 2, seed=step))
+        kept.append(there.resolve(encoded))
+        expected.append(there.decode(encoded))
+    assert len({e.version for e in kept}) > 2
+    for encoded, y in zip(reversed(kept), reversed(expected), strict=True):
+        assert torch.equal(there.decode(encoded), y)
+        assert encoded.layout == Layout.of(y)

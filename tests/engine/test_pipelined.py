@@ -165,7 +165,7 @@ def _lose_the_second() -> str:
 
 def test_refusals_name_the_cause(threads: None) -> None:
     for arguments, message in [
-        ({"schedule": "async"}, "schedule: expected one of lockstep, pipelined; got 'async'"),
+        ({"schedule": "serial"}, "schedule: expected one of lockstep, pipelined, async; got 'serial'"),
         ({"schedule": "pipelined", "feedback_delay": 0}, "feedback_delay: expected an integer >= 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
