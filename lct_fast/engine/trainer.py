@@ -79,11 +79,15 @@ class Trainer:
         autocast: ``torch.bfloat16`` to run layers and critics under autocast.
         compile: run each group's layers through ``torch.compile``.
         channels_last: keep 4-d tensors in channels-last memory.
+        replicas: pipelined over processes, R copies of the pipeline, each on its part of every batch: R x K processes
+            (docs/replicas.md). The first group's process of each is given its own part, all of one size.
 
     Attributes:
         groups: all groups; over processes, only this process's is trained here.
         workers: the groups trained in this process.
         first, last: whether this process trains the first, the last group.
+        replica: number of the replica this process belongs to, from 0.
+        reports: whether this process gets all results: it trains the last group of replica 0.
 
     Raises:
         ValueError: an argument that does not fit, in one line.
@@ -108,6 +112,7 @@ class Trainer:
         autocast: torch.dtype | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        replicas: int = 1,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -132,6 +137,16 @@ class Trainer:
             raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
+        if replicas < 1:
+            raise ValueError(f"replicas: expected an integer >= 1, got {replicas}")
+        over_processes = (
+            pipelined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        )
+        if replicas > 1 and not over_processes:
+            raise ValueError(
+                f"replicas={replicas} takes the pipelined schedule over {replicas} processes a group: start with "
+                f"torchrun, initialise torch.distributed and give schedule='pipelined'"
+            )
         self.method = method
         self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
@@ -154,8 +169,8 @@ class Trainer:
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         seed = torch.initial_seed()
         self.ranks: Ranks | None = None
-        if pipelined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self.ranks = Ranks.join([g.units for g in self.groups], places[0])
+        if over_processes:
+            self.ranks = Ranks.join([g.units for g in self.groups], places[0], replicas)
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         # An end of a cut has a codec of its own.
         ends = [None, *wires, None]
@@ -166,7 +181,9 @@ class Trainer:
                 places[k * len(places) // count],
                 self.settings,
                 seed,
-                *(None if spec is None else codecs.build(spec) for spec in ends[k : k + 2]),
+                _built(ends[k]),
+                _built(ends[k + 1]),
+                None if self.ranks is None else self.ranks.replicas,
             )
             for k in mine
         ]
@@ -176,6 +193,8 @@ class Trainer:
         else:
             self._run = (Ticks if pipelined else Lockstep)(self.workers)
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
+        self.replica = self.workers[0].replicas.index
+        self.reports = self.last and self.replica == 0
         self.meter = Meter([w.meter for w in self.workers])
 
     @property
@@ -237,16 +256,21 @@ class Trainer:
     def gather_meter(self) -> tuple[Meter, list[float]]:
         """The meter of all groups, and the seconds each one's clock is ahead of the first's.
 
-        Over processes every process calls it, after ``stop``.
+        Over processes every process calls it, after ``stop``. Of replicas, samples and bytes are those of all, times
+        those of replica 0.
         """
         if self.ranks is None:
             return self.meter, [0.0] * len(self.groups)
         mine = (self.workers[0].meter, self.meter.step_seconds, self.ranks.ahead)
-        everyone: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(everyone, mine, group=self.ranks.control)
-        meter = Meter([one[0] for one in everyone])
-        meter.step_seconds = everyone[-1][1]
-        return meter, [one[2] for one in everyone]
+        everyone: list[Any] = [None] * len(self.ranks.everywhere)
+        dist.all_gather_object(everyone, mine, group=self.ranks.world)
+        count = self.ranks.size
+        pipeline = everyone[:count]
+        for rank, (other, *_) in enumerate(everyone[count:]):
+            pipeline[rank % count][0].add_counts(other)
+        meter = Meter([one[0] for one in pipeline])
+        meter.step_seconds = pipeline[-1][1]
+        return meter, [one[2] for one in pipeline]
 
     def settle(self) -> None:
         """As ``drain``, and what it finished is told by the next ``drain``."""
@@ -278,7 +302,10 @@ class Trainer:
         """Loss and accuracy of every exit over ``batches`` of (x, y), in evaluation mode.
 
         Over processes, called in the first group's, the result is an event of the last group's; here it is None.
+        Of replicas only replica 0 evaluates: its network is the one that is exported. Others go on.
         """
+        if self.replica > 0:
+            return None
         if isinstance(self._run, Stage):
             return self._run.evaluate(batches)
         self.settle()
@@ -305,13 +332,13 @@ class Trainer:
         return exit_module(self.groups, len(self.groups) if exit is None else exit)
 
     def gather(self, exit: int | None = None) -> nn.Module:
-        """As ``module``, over processes: every process calls it after ``stop`` and gets the whole network."""
+        """As ``module``, over processes: every process calls it after ``stop`` and gets replica 0's whole network."""
         if self.ranks is not None:
             for owner, group in enumerate(self.groups):
-                mine = owner == self.ranks.rank
+                mine = owner == self.ranks.base + self.ranks.rank
                 for tensor in group.state_dict().values():
                     values = tensor.detach().cpu().contiguous()
-                    dist.broadcast(values, owner, group=self.ranks.control)
+                    dist.broadcast(values, owner, group=self.ranks.world)
                     if not mine:
                         tensor.copy_(values)
                 group.to(self.workers[0].device)
@@ -338,6 +365,10 @@ class Trainer:
         if not isinstance(self._run, Stage):
             raise RuntimeError(f"{name} is for a pipelined run over processes; this one runs in one process")
         return self._run
+
+
+def _built(spec: str | None) -> codecs.Codec | None:
+    return None if spec is None else codecs.build(spec)
 
 
 def _device_of(group: Group) -> torch.device:
