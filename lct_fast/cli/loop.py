@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from lct_fast.cli.config import Config
@@ -9,6 +10,7 @@ from lct_fast.cli.recorder import Recorder
 from lct_fast.data import Batches
 from lct_fast.engine import Mark, Stats, Trainer, checkpoint
 from lct_fast.engine.exits import Evaluation
+from lct_fast.engine.replicas import part
 
 # Marks in the stream of a pipelined run.
 _CHECKPOINT, _FLUSHED = 1, 2
@@ -45,7 +47,8 @@ def run_here(
 def drive(
     config: Config, trainer: Trainer, recorder: Recorder, batches: Batches, test: Batches, checkpoints: Path
 ) -> None:
-    """As ``run_here``, in the process of the first group: the others ``follow``."""
+    """As ``run_here``, in the process of the first group, on this replica's part: the others ``follow``."""
+    share = partial(part, replica=trainer.replica, replicas=trainer.replicas)
 
     def save() -> None:
         checkpoint.save(trainer, checkpoints)
@@ -54,7 +57,7 @@ def drive(
     while trainer.batch < recorder.steps:
         epoch, start = divmod(trainer.batch, len(batches))
         for _, x, y in batches.epoch(epoch, start):
-            trainer.step(x, y)
+            trainer.step(share(x), share(y))
             done = trainer.batch
             if recorder.ends_epoch(done):
                 trainer.evaluate((x, y) for _, x, y in test.epoch(0))
@@ -70,9 +73,9 @@ def drive(
 
 
 def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Evaluation | None:
-    """Trains one of the other groups to the end; the last group's process gets the final evaluation."""
+    """Trains one of the other groups to the end; the last group's process, of replica 0, gets the final evaluation."""
     result, flushed = None, False
-    if trainer.last:
+    if trainer.reports:
         recorder.begin()
     for event in trainer.events():
         if isinstance(event, Mark):
@@ -82,7 +85,7 @@ def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Evaluatio
                 checkpoint.save(trainer, checkpoints, recorder.position())
                 recorder.restart_clock()
         elif isinstance(event, Stats):
-            if trainer.last:
+            if trainer.reports:
                 recorder.record(event)
         elif flushed:
             result = event

@@ -86,7 +86,7 @@ class Trainer:
         groups: all groups; over processes, only this process's is trained here.
         workers: the groups trained in this process.
         first, last: whether this process trains the first, the last group.
-        replica: number of the replica this process belongs to, from 0.
+        replica, replicas: number of the replica this process belongs to, from 0, and how many there are.
         reports: whether this process gets all results: it trains the last group of replica 0.
 
     Raises:
@@ -194,6 +194,7 @@ class Trainer:
             self._run = (Ticks if pipelined else Lockstep)(self.workers)
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
         self.replica = self.workers[0].replicas.index
+        self.replicas = replicas
         self.reports = self.last and self.replica == 0
         self.meter = Meter([w.meter for w in self.workers])
 

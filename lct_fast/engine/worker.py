@@ -280,6 +280,14 @@ class Worker:
         if self.encoder is not None:
             self.replicas.compare(f"the codebook of group {self.index + 1}", self.encoder.shared())
 
+    def compare_weights(self) -> None:
+        """Waits for all replicas and checks that they hold the same weights.
+
+        Raises:
+            ReplicaError: names the ranks that do not.
+        """
+        self.replicas.compare(f"the weights of group {self.index + 1}", self.group.parameters())
+
     def _ends_update(self, batch: int) -> bool:
         return (batch + 1) % self.settings.accumulate == 0
 
