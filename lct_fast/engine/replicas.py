@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -64,11 +65,15 @@ class Replicas:
         """
         if self.count == 1 or not any(p.requires_grad for p in layers.parameters()):
             return layers, fused
+        # torch 2.13 has another name for broadcast_buffers, and warns of this one.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+        own_buffers: dict[str, Any] = {name: False}
         self._ddp = DistributedDataParallel(
             _Ways([layers] if fused is None else [layers, fused]),
             process_group=self.data,
-            broadcast_buffers=False,
             find_unused_parameters=False,
+            **own_buffers,
         )
         return _Way(self._ddp, 0), None if fused is None else _Way(self._ddp, 1)
 
@@ -148,7 +153,7 @@ class Replicas:
         odd = [rank for rank, each in zip(self.ranks, found, strict=True) if each != found[0]]
         if odd:
             raise ReplicaError(
-                f"{what} differs between replicas: expected that of rank {self.ranks[0]}, got another on "
+                f"replicas have drifted apart: expected {what} to be that of rank {self.ranks[0]}, got another on "
                 f"{_named(odd)}; go on from the last checkpoint, on machines of one kind"
             )
 
