@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,3 +120,30 @@ def test_options_that_do_not_fit_replicas_are_refused(monkeypatch: pytest.Monkey
     for rank, reads in enumerate((True, False, True, False)):
         monkeypatch.setenv("RANK", str(rank))
         assert processes.reads_data(config) is reads
+
+
+@pytest.mark.slow
+def test_the_program_in_the_docs_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "replicas.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    before = (
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "torch.manual_seed(0)\n"
+        "x, y = torch.randn(8, 12), torch.arange(8) % 3\n"
+        "loader = [(x, y)] * 5\n"
+        "model = torch.nn.Sequential()\n"
+        "for name in ('layer1', 'layer2', 'layer3', 'layer4'):\n"
+        "    model.add_module(name, torch.nn.Linear(12, 12 if name != 'layer4' else 3))\n"
+    )
+    after = "assert net is model\nprint('weights', float(model.layer4.weight.double().sum()))\n"
+    script = tmp_path / "program.py"
+    script.write_text(before + program + after)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    done = _run([*launcher, str(script)])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    # The last rank of replica 0 printed every batch; all ranks have one network.
+    assert [line.split()[0] for line in lines if line[0].isdigit()] == list("01234")
+    assert len([line for line in lines if line.startswith("weights")]) == 4
+    assert len({line for line in lines if line.startswith("weights")}) == 1

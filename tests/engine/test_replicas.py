@@ -364,19 +364,24 @@ def _drift(case: Case, what: Callable[[lct.Trainer], Tensor], folder: Path | Non
     return ""
 
 
-def _lose_one() -> str:
-    case = EQUAL["greedy"]
-    trainer = case.trainer(schedule="pipelined", replicas=REPLICAS)
-    batches = [[part(t, trainer.replica, REPLICAS) for t in batch] for batch in case.batches(case.rows)]
+def _lose_one() -> dict[str, Any]:
+    """In rank 2 the second batch's loss is NaN, and the process ends."""
+    case, calls = EQUAL["greedy"], []
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        rows = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        return rows * float("nan") if dist.get_rank() == 2 and len(calls) == 2 else rows
+
+    trainer = case.trainer(schedule="pipelined", replicas=REPLICAS, loss=loss)
     if not trainer.first:
         next(iter(trainer.events()))
-        return ""
+        return {}
+    batches = [[part(t, trainer.replica, REPLICAS) for t in batch] for batch in case.batches(case.rows)]
     trainer.step(*batches[0])
-    if dist.get_rank() == 2:
-        # Gone without a word, as a killed process goes; its result is written for it.
-        dist.destroy_process_group(trainer.workers[0].replicas.data)
-        return ""
-    return _message(lambda: [trainer.step(*batch) for batch in batches])
+    before = _own(trainer)
+    said = _message(lambda: [trainer.step(*batch) for batch in batches])
+    return {"said": said, "updated": not nets.same(before, _own(trainer))}
 
 
 def test_refusals_name_the_cause(troubles: list[dict[str, Any]]) -> None:
@@ -414,9 +419,12 @@ def test_replicas_that_drift_apart_are_named(troubles: list[dict[str, Any]]) -> 
         assert said["weights"].startswith(message.format("weights"))
 
 
-def test_a_lost_replica_is_named(troubles: list[dict[str, Any]]) -> None:
-    assert troubles[0]["lost"].startswith("PeerError: lost a replica of this group, rank 2 (")
-    assert "go on from the last checkpoint" in troubles[0]["lost"]
+def test_a_replica_that_ends_stops_the_others_before_they_update(troubles: list[dict[str, Any]]) -> None:
+    ended, other = troubles[2]["lost"], troubles[0]["lost"]
+    assert ended["said"].startswith("NonFiniteError: the loss of group 1 at batch 1 is NaN or Inf")
+    assert other["said"].startswith("PeerError: lost a replica of this group, rank 2 (")
+    assert "go on from the last checkpoint" in other["said"]
+    assert not ended["updated"] and not other["updated"]
 
 
 def test_replicas_go_on_from_one_process(troubles: list[dict[str, Any]]) -> None:
