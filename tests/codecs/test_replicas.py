@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,16 @@ def test_the_codebook_starts_and_moves_alike(monkeypatch: pytest.MonkeyPatch, th
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_it_follows_the_whole_batch(threads: None) -> None:
+def test_it_follows_the_whole_batch(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    unused: list[float] = []
+    update = ops.vq_update
+
+    def watched(*args: Any) -> None:
+        unused.append(args[-1])
+        update(*args)
+
+    monkeypatch.setattr(vector_quantization.ops, "vq_update", watched)
+
     def begin(codec: codecs.Codec) -> None:
         assert isinstance(codec, VectorQuantization)
         words = torch.rand(2, 8, 2, generator=torch.Generator().manual_seed(3))
@@ -99,6 +109,8 @@ def test_it_follows_the_whole_batch(threads: None) -> None:
         assert torch.equal(a, b)
         # Sums over two halves in place of one pass.
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-4)
+    # A word is unused by its count over the whole batch.
+    assert len(unused) == 3 * len(_batches()) and len(set(unused)) == 1
 
 
 def test_alone_nothing_is_shared() -> None:
