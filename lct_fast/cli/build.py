@@ -146,6 +146,7 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         channels_last=config.channels_last,
         checksum=config.checksum,
         **_pace(config, steps),
+        replicas=config.replicas,
     )
 
 

@@ -66,9 +66,10 @@ class Config:
     )
     slow_group: int | None = _option(None, "async in one process: number of the group that is slow")
     slow_down: float = _option(1.0, "async in one process: how many times as slow that group is")
+    replicas: int = _option(1, "pipelines that share every batch (pipelined, under torchrun)")
     epochs: int = _option(None, "passes over the data")
     steps: int | None = _option(None, "stop after this many batches; with it, epochs only bounds the run")
-    batch_size: int = _option(None, "samples a batch")
+    batch_size: int = _option(None, "samples a batch, of all replicas together")
     accumulate: int = _option(1, "batches to an update")
     optimizer: str = _option("sgd", "each group's optimiser", OPTIMIZERS)
     lr: float = _option(None, "learning rate (its peak, with onecycle)")
@@ -143,7 +144,16 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         choices, value = f.metadata["choices"], getattr(config, key)
         if choices and value not in choices:
             raise ConfigError(f"{key}: expected one of {', '.join(choices)}; got {value!r}")
-    for key in ("groups", "critic_every", "epochs", "batch_size", "accumulate", "log_every", "buffer"):
+    for key in (
+        "groups",
+        "replicas",
+        "critic_every",
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "log_every",
+        "buffer",
+    ):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}: expected a number >= 1, got {getattr(config, key)}")
     for key in ("limit", "steps", "threads", "checkpoint_every", "reuse_limit"):
@@ -163,6 +173,16 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
     _check_serial(config)
     _check_async(config, known)
+    if config.replicas > 1 and (config.schedule != "pipelined" or config.groups < 2 or config.serial):
+        raise ConfigError(
+            f"replicas: {config.replicas} of them take --schedule pipelined, 2 groups or more and no --serial, got "
+            f"--schedule {config.schedule}, {config.groups} and {config.serial}"
+        )
+    if config.batch_size % config.replicas:
+        raise ConfigError(
+            f"batch_size: it is shared equally by {config.replicas} replicas, got {config.batch_size}; use "
+            f"{-(-config.batch_size // config.replicas) * config.replicas}"
+        )
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
 

@@ -46,7 +46,7 @@ def load_run(path: Path, data: str | None = None) -> TrainedRun:
     images = build.load_data(config)
     groups, _ = build.build_groups(config, build.facts(config, images), devices[0])
     # Read in one process, however it was trained.
-    here = dataclasses.replace(config, schedule="lockstep")
+    here = dataclasses.replace(config, schedule="lockstep", replicas=1)
     trainer = build.build_trainer(here, groups, devices, 1)
     checkpoint.load_weights(trainer, found)
     return TrainedRun(config, images, trainer, devices[0])

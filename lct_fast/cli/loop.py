@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lct_fast.cli.config import Config
@@ -10,6 +11,7 @@ from lct_fast.cli.recorder import Recorder
 from lct_fast.data import Batches
 from lct_fast.engine import Mark, Stats, Trainer, checkpoint
 from lct_fast.engine.exits import Evaluation
+from lct_fast.engine.replicas import part
 
 # Marks in the stream of a pipelined run.
 _CHECKPOINT, _FLUSHED = 1, 2
@@ -54,7 +56,8 @@ def run_here(
 def drive(
     config: Config, trainer: Trainer, recorder: Recorder, batches: Batches, test: Batches, checkpoints: Path
 ) -> None:
-    """As ``run_here``, in the process of the first group: the others ``follow``."""
+    """As ``run_here``, in the process of the first group, on this replica's part: the others ``follow``."""
+    share = partial(part, replica=trainer.replica, replicas=trainer.replicas)
 
     def save() -> None:
         checkpoint.save(trainer, checkpoints)
@@ -63,7 +66,7 @@ def drive(
     while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
         for _, x, y in batches.epoch(epoch, start):
-            trainer.step(x, y)
+            trainer.step(share(x), share(y))
             done, over = trainer.batch, _over(trainer, recorder)
             if recorder.ends_epoch(done) or over:
                 trainer.evaluate((x, y) for _, x, y in test.epoch(0))
@@ -81,10 +84,10 @@ def drive(
 
 
 def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Final | None:
-    """Trains one of the other groups to the end; the last group's process gets the final evaluation."""
+    """Trains one of the other groups to the end; the last group's process, of replica 0, gets the final evaluation."""
     results: list[Evaluation] = []
     flushed = False
-    if trainer.last:
+    if trainer.reports:
         recorder.begin()
     for event in trainer.events():
         if isinstance(event, Mark):
@@ -94,7 +97,7 @@ def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Final | N
                 checkpoint.save(trainer, checkpoints, recorder.position())
                 recorder.restart_clock()
         elif isinstance(event, Stats):
-            if trainer.last:
+            if trainer.reports:
                 recorder.record(event)
         elif flushed:
             results.append(event)

@@ -23,10 +23,15 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def reads_data(config: Config) -> bool:
+    """Whether this process trains the first group, in any replica."""
+    return int(os.environ.get("RANK", "0")) % config.groups == 0 or count() == 1
+
+
 def check(config: Config) -> None:
     """Refuses options that do not fit the processes there are."""
     size = count()
-    if size == 1:
+    if size == 1 and config.replicas == 1:
         return
     if config.schedule == "lockstep":
         raise ConfigError(
@@ -37,7 +42,13 @@ def check(config: Config) -> None:
         raise ConfigError(
             "slow_down simulates a slow group in one process: leave it out, or start without torchrun"
         )
-    if config.groups != size:
+    if config.replicas > 1 and config.groups * config.replicas != size:
+        needed = config.groups * config.replicas
+        raise ConfigError(
+            f"--groups {config.groups} in --replicas {config.replicas} take {needed} processes, but there "
+            f"{'is 1' if size == 1 else f'are {size}'}: start torchrun with {needed} in all (--nproc-per-node)"
+        )
+    if config.replicas == 1 and config.groups != size:
         raise ConfigError(
             f"{config.schedule} over processes takes one process a group: --groups {config.groups}, but torchrun "
             f"started {size} processes; use --nproc-per-node {config.groups} or --groups {size}"

@@ -63,14 +63,14 @@ def train(
 ) -> dict[str, Any] | None:
     """Trains as ``config`` says and returns the summary that is also written to the folder.
 
-    Under torchrun every process calls it; the last group's process writes the records and gets the summary, the
-    others get None.
+    Under torchrun every process calls it; the last group's process, of replica 0, writes the records and gets the
+    summary, the others get None.
     """
     devices = build.set_up(config)
     several = processes.count() > 1
     if several:
         devices = [processes.join(devices)]
-    images = build.load_data(config) if processes.is_first() else None
+    images = build.load_data(config) if processes.reads_data(config) else None
     facts = processes.from_first(build.facts(config, images) if images else None)
     found = processes.from_first(checkpoint.latest(folder.checkpoints) if resume else None)
     groups, config.split = build.build_groups(config, facts, devices[0], processes.from_first)
@@ -82,7 +82,7 @@ def train(
         config.codec = trainer.wires or ["none"]
         if processes.is_first() and not quiet:
             _print_choices(trainer)
-    if trainer.ranks is not None and trainer.first and not quiet:
+    if processes.is_first() and not quiet:
         _print_map(trainer)
     recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet)
     if found is not None:
@@ -90,11 +90,11 @@ def train(
     if resume and trainer.batch >= steps and folder.summary.exists():
         loop.end(trainer)
         processes.leave()
-        return json.loads(folder.summary.read_text()) if trainer.last else None
-    if trainer.first and not resume:
+        return json.loads(folder.summary.read_text()) if trainer.reports else None
+    if processes.is_first() and not resume:
         folder.create(config)
     processes.from_first(None)
-    if trainer.last:
+    if trainer.reports:
         folder.open(recorder.done, trainer.batch)
     try:
         if images is None:
@@ -118,10 +118,14 @@ def train(
 
 
 def _print_map(trainer: Trainer) -> None:
-    assert trainer.ranks is not None
-    for k, (group, place) in enumerate(zip(trainer.groups, trainer.ranks.places, strict=True)):
-        units = f"{group.units[0]} .. {group.units[-1]}" if len(group.units) > 1 else group.units[0]
-        print(f"group {k + 1} ({units}) on rank {k}: {place}", flush=True)
+    if trainer.ranks is None:
+        return
+    for rank, place in enumerate(trainer.ranks.everywhere):
+        replica, k = divmod(rank, len(trainer.groups))
+        units = trainer.groups[k].units
+        named = f"{units[0]} .. {units[-1]}" if len(units) > 1 else units[0]
+        of = f" of replica {replica}" if trainer.replicas > 1 else ""
+        print(f"group {k + 1} ({named}){of} on rank {rank}: {place}", flush=True)
 
 
 def _print_choices(trainer: Trainer) -> None:
@@ -165,6 +169,7 @@ def _summary(
         "schedule": config.schedule,
         "feedback_delay": trainer.settings.feedback_delay if trainer.method.uses_feedback else None,
         "processes": processes.count(),
+        "replicas": trainer.replicas,
         "seed": config.seed,
         "steps": recorder.steps,
         "epochs": config.epochs,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lct_fast.codecs.replicas import Alone, Replicas
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -78,9 +80,11 @@ class Codec:
 
     Attributes:
         name: the spec that builds it.
+        replicas: who else encodes parts of the same batch; see ``join``.
     """
 
     name: str
+    replicas: Replicas = Alone()
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuses what it cannot code: `shape` is the tensor's without the batch.
@@ -127,6 +131,14 @@ class Codec:
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Puts back what `state` gave."""
+
+    def join(self, replicas: Replicas) -> None:
+        """From now on each batch is coded in parts, by these."""
+        self.replicas = replicas
+
+    def shared(self) -> tuple[Tensor, ...]:
+        """State of the producer's end that all replicas must hold bit for bit."""
+        return ()
 
 
 def dense(t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout, dense, laid_out
+from lct_fast.codecs.replicas import Replicas
 
 
 class Downsample(Codec):
@@ -64,6 +65,12 @@ class Downsample(Codec):
     def _small(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         n, channels, height, width = shape
         return n, channels, -(-height // self.factor), -(-width // self.factor)
+
+    def join(self, replicas: Replicas) -> None:
+        self.inner.join(replicas)
+
+    def shared(self) -> tuple[Tensor, ...]:
+        return self.inner.shared()
 
     def state(self) -> dict[str, object]:
         return self.inner.state()

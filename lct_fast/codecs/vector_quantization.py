@@ -37,6 +37,9 @@ class VectorQuantization(Codec):
     when the drift between the two, sum_k n_k |c_k - sent_k|^2, exceeds 5 % of the quantisation error, unless codebooks
     would become more than a tenth of all bytes. The drift is read two batches late, so that no device is waited for.
 
+    Over replicas counts, sums and errors are those of the whole batch and candidates the first replica's, so that all
+    keep the same codebooks.
+
     Args:
         codewords: K, 2 to 65536.
         depth: D; it has to divide C.
@@ -82,8 +85,8 @@ class VectorQuantization(Codec):
         elif self._due():
             self._renew()
         assert self.codebook is not None and self.averages is not None and self.sent is not None
-        coded = ops.vq_encode(x, self.sent, _CANDIDATES)
-        unused = _UNUSED * len(x) / self.codewords
+        coded = self._coded(x, self.sent, _CANDIDATES)
+        unused = _UNUSED * len(x) * self.replicas.count / self.codewords
         # An average over few batches at first, when activations change most.
         decay = min(_DECAY, 1 - 1 / (self.batches + 2))
         self.batches += 1
@@ -160,20 +163,35 @@ class VectorQuantization(Codec):
         counts, sums = place("counts"), place("sums")
         self.averages = None if counts is None or sums is None else ops.VQState(counts, sums)
 
+    def shared(self) -> tuple[Tensor, ...]:
+        return () if self.codebook is None or self.sent is None else (self.codebook, self.sent)
+
+    def _coded(self, x: Tensor, codebook: Tensor, candidates: int) -> ops.VQEncoding:
+        """The rows' codes, with the statistics of all replicas' rows."""
+        coded = ops.vq_encode(x, codebook, candidates)
+        counts, sums, error = self.replicas.sum(coded.counts, coded.sums, coded.squared_error)
+        return coded._replace(
+            counts=counts,
+            sums=sums,
+            squared_error=error,
+            candidates=self.replicas.first(coded.candidates),
+        )
+
     def _start(self, x: Tensor) -> None:
         """k-means of the first batch, from a few rows spread over it and vectors drawn by their error."""
         few = max(2, self.codewords // 8)
         chosen = torch.arange(few, device=x.device) * len(x) // few
-        words = x[chosen].float().view(few, -1, self.depth).transpose(0, 1).contiguous()
+        rows = self.replicas.first(x[chosen].float())
+        words = rows.view(few, -1, self.depth).transpose(0, 1).contiguous()
         while words.shape[1] < self.codewords:
             more = min(words.shape[1], self.codewords - words.shape[1], ops.vq.MAX_CANDIDATES)
-            words = torch.cat((words, ops.vq_encode(x, words, more).candidates), 1)
+            words = torch.cat((words, self._coded(x, words, more).candidates), 1)
         self.codebook = words
         for _ in range(_FIRST_ROUNDS):
             self.averages = ops.VQState(
                 torch.zeros_like(self.codebook[..., 0]), torch.zeros_like(self.codebook)
             )
-            coded = ops.vq_encode(x, self.codebook, _CANDIDATES)
+            coded = self._coded(x, self.codebook, _CANDIDATES)
             ops.vq_update(
                 self.codebook, self.averages, coded.counts, coded.sums, coded.candidates, 0.0, 1e-5, 0.5
             )

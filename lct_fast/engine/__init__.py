@@ -1,6 +1,6 @@
 """The engine: groups, what crosses between them, and the schedules that train them. It knows no formula."""
 
-from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, PacketError, PeerError
+from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, PacketError, PeerError, ReplicaError
 from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.group import Group
 from lct_fast.engine.hybrid import Hybrid
@@ -17,6 +17,7 @@ __all__ = [
     "OutOfMemoryError",
     "PacketError",
     "PeerError",
+    "ReplicaError",
     "Stats",
     "Trainer",
     "split",

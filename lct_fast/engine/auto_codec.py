@@ -211,14 +211,14 @@ def _exchange(mine: Costs, device: torch.device, ranks: Ranks) -> list[Costs]:
 
 def _ask(peer: int, device: torch.device, ranks: Ranks) -> tuple[float, float]:
     """Latency of the link to ``peer``, and its bytes a second, from the time until its answers."""
-    answer = torch.zeros(1, device=device)
+    answer, there = torch.zeros(1, device=device), ranks.base + peer
     seconds = []
     for size in (64, _PROBE_BYTES):
         body = torch.zeros(size, dtype=torch.uint8, device=device)
 
         def there_and_back(body: Tensor = body) -> None:
-            dist.send(body, peer, group=ranks.forward)
-            dist.recv(answer, peer, group=ranks.backward)
+            dist.send(body, there, group=ranks.forward)
+            dist.recv(answer, there, group=ranks.backward)
 
         seconds.append(_seconds(there_and_back, device))
     small, large = seconds
@@ -231,9 +231,9 @@ def _bandwidth(small: float, large: float) -> float:
 
 
 def _answer(peer: int, device: torch.device, ranks: Ranks) -> None:
-    answer = torch.zeros(1, device=device)
+    answer, there = torch.zeros(1, device=device), ranks.base + peer
     for size in (64, _PROBE_BYTES):
         body = torch.zeros(size, dtype=torch.uint8, device=device)
         for _ in range(_REPEATS + 1):
-            dist.recv(body, peer, group=ranks.forward)
-            dist.send(answer, peer, group=ranks.backward)
+            dist.recv(body, there, group=ranks.forward)
+            dist.send(answer, there, group=ranks.backward)

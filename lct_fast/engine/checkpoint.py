@@ -4,7 +4,8 @@ step-00000120/group-1.safetensors group-1.json ... rng.safetensors manifest.json
 
 A group's files hold its weights, gradients within an accumulation, optimisers, schedulers, random state, codecs, the
 slots its critic has yet to learn from, the losses it owes the group before it, and its replay buffer. They are cut
-behind one batch and say nothing of processes, so a run may go on under another schedule.
+behind one batch and say nothing of processes, so a run may go on under another schedule. Of replicas the first writes
+these files, and every other one what differs in it, as group-1-replica-1.safetensors and .json.
 """
 
 from __future__ import annotations
@@ -50,23 +51,31 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any] | None = None, ke
 
     A crash or a full disk on the way leaves earlier checkpoints whole. Over processes each calls it at the same mark
     of the stream, with one folder on a shared file system: the first group's process begins the checkpoint, the last
-    group's completes it, with its ``extra`` (JSON).
+    group's completes it, with its ``extra`` (JSON); replica 0's, where there are several.
+
+    Raises:
+        ReplicaError: replicas hold different weights or codebooks.
     """
     trainer.settle()
     final = folder / f"step-{trainer.batch:08d}"
     partial = folder / f".partial-{final.name}"
     try:
-        if trainer.first:
+        if trainer.first and trainer.replica == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         for worker in trainer.workers:
+            worker.compare_codebooks()
+            # All replicas of the first group get past this when the folder is there,
+            worker.compare_weights()
             _write_group(worker, partial)
-        if trainer.last:
+            # and the mark goes on to the next group when all have written.
+            worker.replicas.wait()
+        if trainer.reports:
             _complete(trainer, partial, final, extra or {})
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if trainer.last:
+    if trainer.reports:
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     return final
@@ -75,8 +84,11 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any] | None = None, ke
 def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Puts the checkpoint at ``path`` into ``trainer``, once all of it is checked, and returns ``extra``.
 
+    With another number of replicas every one takes replica 0's buffers; all but replica 0 draw new random numbers.
+
     Raises:
-        CheckpointError: missing or damaged files, or a checkpoint of another model, split or method.
+        CheckpointError: missing or damaged files, a checkpoint of another model, split or method, or one of another
+            number of replicas in which feedback or an accumulation is open.
     """
     manifest = read_manifest(path)
     if manifest["method"] != trainer.method.name:
@@ -89,18 +101,26 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
             f"{path} is a checkpoint of another model or split: expected groups starting at "
             f"{[u[0] for u in expected if u]}, got {[u[0] for u in found if u]}; use the run's own config.yaml"
         )
+    same = manifest.get("replicas", 1) == trainer.replicas
+    if not same:
+        _check_closed(path, manifest, trainer)
     read = {}
     for worker in trainer.workers:
         # The group behind keeps the losses that this one's critic is owed.
         for k in (worker.index, worker.index + 1):
             if k < len(expected) and k not in read:
-                read[k] = _read_group(path, k, manifest)
+                read[k] = _read_group(path, k, manifest, trainer.replica if same else 0)
         _check_state(path, worker, read[worker.index][0])
         _check_codecs(path, worker, read[worker.index][1])
         _check_kept(path, worker, read[worker.index][1])
     rng = _read(path, "rng.safetensors", manifest["sha256"].get("rng.safetensors"))
     for worker in trainer.workers:
+        fresh = worker.random.state
         _unpack_worker(worker, *read[worker.index])
+        if not same:
+            worker.owed.clear()
+            if trainer.replica > 0:
+                worker.random.state = fresh
         if worker.pending:
             owed = dict(_unpack(read[worker.index + 1][1]["owed"], read[worker.index + 1][0]))
             for pending in worker.pending:
@@ -122,10 +142,19 @@ def load_weights(trainer: Trainer, path: Path) -> dict[str, Any]:
     return manifest["extra"]
 
 
+def files(groups: int, replicas: int) -> list[str]:
+    """What a whole checkpoint holds: descriptions of each group in each replica. Beside each lie its tensors."""
+    return [f"{_stem(k, replica)}.json" for replica in range(replicas) for k in range(groups)]
+
+
+def _stem(index: int, replica: int) -> str:
+    return f"group-{index + 1}-replica-{replica}" if replica else f"group-{index + 1}"
+
+
 def _write_group(worker: Worker, folder: Path) -> None:
-    """group-k.safetensors, then group-k.json with its hash."""
+    """group-k.safetensors, then group-k.json with its hash; of a replica but the first what is its own."""
     tensors, description = _pack_worker(worker)
-    file = folder / f"group-{worker.index + 1}.safetensors"
+    file = folder / f"{_stem(worker.index, worker.replicas.index)}.safetensors"
     save_file(tensors, file)
     _sync(file)
     text = file.with_suffix(".json")
@@ -136,11 +165,12 @@ def _write_group(worker: Worker, folder: Path) -> None:
 def _complete(trainer: Trainer, partial: Path, final: Path, extra: dict[str, Any]) -> None:
     save_file(_random_states(), partial / "rng.safetensors")
     _sync(partial / "rng.safetensors")
-    named = [*(f"group-{k}.json" for k in range(1, len(trainer.groups) + 1)), "rng.safetensors"]
+    named = [*files(len(trainer.groups), trainer.replicas), "rng.safetensors"]
     manifest = {
         "format": FORMAT,
         "batch": trainer.batch,
         "method": trainer.method.name,
+        "replicas": trainer.replicas,
         "units": [g.units for g in trainer.groups],
         "extra": extra,
         "sha256": {name: _sha256(partial / name) for name in named},
@@ -183,12 +213,33 @@ def _read(path: Path, name: str, sha256: str | None) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is damaged ({error}): use an older checkpoint") from None
 
 
-def _read_group(path: Path, index: int, manifest: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and description of one group, hashes checked."""
-    file = path / f"group-{index + 1}.json"
-    _check_hash(file, manifest["sha256"].get(file.name))
-    description = json.loads(file.read_text())
-    return _read(path, f"group-{index + 1}.safetensors", description["sha256"]), description
+def _read_group(
+    path: Path, index: int, manifest: dict[str, Any], replica: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of one group as a replica has it, hashes checked."""
+    tensors: dict[str, Tensor] = {}
+    description: dict[str, Any] = {}
+    for stem in dict.fromkeys((_stem(index, 0), _stem(index, replica))):
+        part = _read_description(path, f"{stem}.json", manifest)
+        tensors |= _read(path, f"{stem}.safetensors", part["sha256"])
+        description |= part
+    return tensors, description
+
+
+def _read_description(path: Path, name: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    _check_hash(path / name, manifest["sha256"].get(name))
+    description: dict[str, Any] = json.loads((path / name).read_text())
+    return description
+
+
+def _check_closed(path: Path, manifest: dict[str, Any], trainer: Trainer) -> None:
+    """Refuses a checkpoint whose open ends belong to the parts of another number of replicas."""
+    groups = [_read_description(path, name, manifest) for name in files(len(manifest["units"]), 1)]
+    if any(g["pending"] for g in groups) or manifest["batch"] % trainer.settings.accumulate:
+        raise CheckpointError(
+            f"{path} was made by {manifest.get('replicas', 1)} replicas, with feedback or an accumulation open: this "
+            f"run has {trainer.replicas}; use as many, or a checkpoint behind flush() and a whole update"
+        )
 
 
 def _check_hash(file: Path, sha256: str | None) -> None:
@@ -232,27 +283,43 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {f"group.{n}": t for n, t in worker.group.state_dict().items()}
-    # Inside an accumulation there are gradients to keep.
-    tensors |= {f"grad.{n}": p.grad for n, p in worker.group.named_parameters() if p.grad is not None}
-    description: dict[str, Any] = {"units": worker.group.units}
+    """Copies of a group's state; what all replicas share is replica 0's to keep."""
+    tensors, description = _pack_own(worker)
+    if worker.replicas.index == 0:
+        _pack_shared(worker, tensors, description)
+    return {n: t.detach().contiguous().clone() for n, t in tensors.items()}, description
+
+
+def _pack_shared(worker: Worker, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    tensors |= {f"group.{n}": t for n, t in worker.group.state_dict().items()}
+    description["units"] = worker.group.units
     for name in ("optimizer", "critic_optimizer"):
         optimizer = getattr(worker, name)
         description[name] = None if optimizer is None else _pack(optimizer.state_dict(), name, tensors)
     description["schedulers"] = [
         _pack(_plain(s.state_dict()), f"scheduler.{i}", tensors) for i, s in enumerate(worker.schedulers)
     ]
-    description["pending"] = [
-        _pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.pending)
-    ]
     for name in ("decoder", "encoder"):
         codec = getattr(worker, name)
         description[name] = codec and {"codec": codec.name, "state": _pack(codec.state(), name, tensors)}
+
+
+def _pack_own(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What differs between replicas of a group."""
+    saved = worker.group.state_dict()
+    tensors: dict[str, Tensor] = {
+        f"group.{n}": saved[n] for n, _ in worker.group.named_buffers() if n in saved
+    }
+    # Inside an accumulation there are gradients to keep.
+    tensors |= {f"grad.{n}": p.grad for n, p in worker.group.named_parameters() if p.grad is not None}
+    description: dict[str, Any] = {
+        "pending": [_pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.pending)]
+    }
     description["owed"] = _pack(list(worker.owed), "owed", tensors)
     description["kept"] = worker.kept and _pack(worker.kept.state(), "kept", tensors)
     description["random"] = _pack(worker.random.state, "random", tensors)
     description["meter"] = {name: getattr(worker.meter, name) for name in _COUNTERS}
-    return {n: t.detach().contiguous().clone() for n, t in tensors.items()}, description
+    return tensors, description
 
 
 def _unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

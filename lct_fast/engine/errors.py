@@ -18,7 +18,11 @@ class PacketError(ValueError):
 
 
 class PeerError(RuntimeError):
-    """The process of a neighbouring group has gone."""
+    """The process of a neighbouring group, or of a replica, has gone."""
+
+
+class ReplicaError(RuntimeError):
+    """Replicas that must be the same have drifted apart."""
 
 
 def first_line(error: BaseException) -> str:

@@ -152,6 +152,13 @@ class GroupMeter:
         self.age += age
         self.reused += uses > 0
 
+    def add_counts(self, other: GroupMeter) -> None:
+        """Takes in the samples and bytes of the same group in another replica."""
+        self.samples += other.samples
+        self.wire_bytes += other.wire_bytes
+        self.raw_bytes += other.raw_bytes
+        self.feedback_bytes += other.feedback_bytes
+
     def trace_from_here(self, ticks: int) -> None:
         """Forgets the trace so far and keeps that of the next ``ticks`` ticks."""
         self.events.clear()

@@ -19,11 +19,13 @@ class RandomStream:
         seed: of the run; ``torch.initial_seed()`` of the process that made the trainer.
         group: number of the group, from 0.
         device: where the group runs.
+        replica: number of the replica, from 0: each draws numbers of its own.
     """
 
-    def __init__(self, seed: int, group: int, device: torch.device) -> None:
+    def __init__(self, seed: int, group: int, device: torch.device, replica: int = 0) -> None:
         self.device = device
-        digest = hashlib.blake2b(f"{seed},{group}".encode(), digest_size=4).digest()
+        name = f"{seed},{group},{replica}" if replica else f"{seed},{group}"
+        digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int.from_bytes(digest, "little"))
             self.state = self._read()

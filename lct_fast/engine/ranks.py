@@ -1,4 +1,4 @@
-"""Groups on processes: rank k trains group k + 1. torch.distributed underneath, nothing of our own."""
+"""Groups on processes: rank replica * K + k trains group k + 1. torch.distributed underneath, nothing of our own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from lct_fast.engine.replicas import Replicas
 
 # Rounds of the clock comparison between machines; the one with the shortest way counts.
 _ROUNDS = 8
@@ -49,76 +52,117 @@ def _wait(works: Sequence[dist.Work | None]) -> None:
 
 @dataclass(slots=True)
 class Ranks:
-    """This process's place among the processes of a run.
+    """This process's place among the processes of a run, a torch DeviceMesh ("replica", "group").
 
     Attributes:
-        rank, size: rank k trains the group of index k; there are as many groups as ranks.
-        forward, backward: a process group for each direction (NCCL on CUDA, gloo on CPU).
-        control: gloo, for headers and for what Python objects are exchanged.
-        ahead: seconds this process's clock is ahead of rank 0's.
-        places: per rank "host, device, process id".
+        rank, size: place in the pipeline of this replica: rank k trains the group of index k, of ``size`` groups.
+        base: global rank of the pipeline's first process; the global rank of any other is ``base`` + its rank.
+        forward, backward: process groups of the pipeline, one a direction (NCCL on CUDA, gloo on CPU).
+        control: gloo, of the pipeline, for headers.
+        world: gloo, of all processes, for what Python objects are exchanged.
+        replicas: the processes that train the same group.
+        ahead: seconds this process's clock is ahead of that of the pipeline's first process.
+        places: per rank of the pipeline "host, device, process id". everywhere: the same, per global rank.
     """
 
     rank: int
     size: int
+    base: int
     forward: dist.ProcessGroup
     backward: dist.ProcessGroup
     control: dist.ProcessGroup
+    world: dist.ProcessGroup
+    replicas: Replicas
     ahead: float
     places: list[str]
+    everywhere: list[str]
 
     @staticmethod
-    def join(units: Sequence[Sequence[str]], device: torch.device) -> Ranks:
+    def join(units: Sequence[Sequence[str]], device: torch.device, replicas: int = 1) -> Ranks:
         """Agrees on groups and clocks with all other ranks; every rank calls it at the same point.
 
         Args:
             units: names of the modules in each group, which must be the same on every rank.
             device: this rank's.
+            replicas: number of pipelines.
 
         Raises:
-            ValueError: as many ranks as groups are needed, or the ranks cut the model differently.
+            ValueError: as many ranks as groups in all replicas are needed, or the ranks cut the model differently.
         """
         rank, size = dist.get_rank(), dist.get_world_size()
-        if size != len(units):
+        count = len(units)
+        if size != count * replicas:
             raise ValueError(
-                f"pipelined over processes takes one process a group: expected {len(units)} processes for "
-                f"{len(units)} groups, got {size}; start torchrun with --nproc-per-node {len(units)}"
+                f"pipelined over processes takes one process a group: expected {count * replicas} processes for "
+                f"{count} groups{f' in {replicas} replicas' if replicas > 1 else ''}, got {size}; start torchrun with "
+                f"--nproc-per-node {count * replicas}"
             )
         backend = "nccl" if device.type == "cuda" else "gloo"
-        forward, backward = dist.new_group(backend=backend), dist.new_group(backend=backend)
-        control = dist.new_group(backend="gloo")
+        mesh = init_device_mesh(
+            device.type,
+            (replicas, count),
+            mesh_dim_names=("replica", "group"),
+            backend_override={"replica": backend, "group": backend},
+        )
+        pipelines, columns = mesh.mesh.tolist(), mesh.mesh.t().tolist()
+        forward, backward, control, same_group = (
+            dist.new_subgroups_by_enumeration(members, backend=kind)[0]
+            for members, kind in (
+                (pipelines, backend),
+                (pipelines, backend),
+                (pipelines, "gloo"),
+                (columns, "gloo"),
+            )
+        )
+        world = dist.new_group(backend="gloo")
+        replica, k = divmod(rank, count)
+        partners = Replicas(replica, columns[k], mesh.get_group("replica"), same_group)
         mine = (socket.gethostname(), str(device), os.getpid(), [list(u) for u in units])
         everyone: list[tuple[str, str, int, list[list[str]]]] = [mine] * size
-        dist.all_gather_object(everyone, mine, group=control)
+        dist.all_gather_object(everyone, mine, group=world)
         for other, theirs in enumerate(everyone):
             if theirs[3] != everyone[0][3]:
                 raise ValueError(
                     f"rank {other} cuts the model differently from rank 0 (groups start at "
                     f"{_starts(theirs[3])}, not {_starts(everyone[0][3])}): give split_points, measured ones vary"
                 )
-        hosts = [host for host, *_ in everyone]
+        pipeline = pipelines[replica]
+        hosts = [everyone[r][0] for r in pipeline]
         places = [f"{host}, {where}, process {pid}" for host, where, pid, _ in everyone]
-        ahead = _clock_offset(rank, size, control) if len(set(hosts)) > 1 else 0.0
-        return Ranks(rank, size, forward, backward, control, ahead, places)
+        ahead = _clock_offset(rank, pipeline, control) if len(set(hosts)) > 1 else 0.0
+        return Ranks(
+            k,
+            count,
+            pipeline[0],
+            forward,
+            backward,
+            control,
+            world,
+            partners,
+            ahead,
+            [places[r] for r in pipeline],
+            places,
+        )
 
 
 def _starts(units: list[list[str]]) -> list[str]:
     return [u[0] for u in units[1:] if u]
 
 
-def _clock_offset(rank: int, size: int, control: dist.ProcessGroup) -> float:
-    """Seconds this clock is ahead of rank 0's, from the quickest of a few questions."""
+def _clock_offset(rank: int, pipeline: Sequence[int], control: dist.ProcessGroup) -> float:
+    """Seconds this clock is ahead of that of the first of these ranks, from the quickest of a few questions."""
     best = (float("inf"), 0.0)
-    for other in range(1, size):
+    first = pipeline[0]
+    for other in pipeline[1:]:
         for _ in range(_ROUNDS):
             theirs = torch.zeros(1, dtype=torch.float64)
-            if rank == 0:
+            if rank == first:
                 dist.recv(theirs, other, group=control)
                 dist.send(torch.tensor([time.perf_counter()], dtype=torch.float64), other, group=control)
             elif rank == other:
                 asked = time.perf_counter()
-                dist.send(theirs, 0, group=control)
-                dist.recv(theirs, 0, group=control)
+                dist.send(theirs, first, group=control)
+                dist.recv(theirs, first, group=control)
                 answered = time.perf_counter()
                 best = min(best, (answered - asked, (asked + answered) / 2 - float(theirs)))
     return best[1]

@@ -24,6 +24,7 @@ from lct_fast.engine.exits import Evaluation, summed
 from lct_fast.engine.link import Inbox, Outbox
 from lct_fast.engine.packet import Kind, Packet
 from lct_fast.engine.ranks import ProcessTransport, Ranks
+from lct_fast.engine.replicas import COMPARE_EVERY
 from lct_fast.engine.serial import count_step
 from lct_fast.engine.serial_stage import SerialStage
 from lct_fast.engine.stats import Event, Mark, Stats
@@ -74,7 +75,7 @@ class Stage:
         checksum = self.worker.settings.checksum
         data = self.ranks.backward if direction == _BACKWARD else self.ranks.forward
         return {
-            "transport": ProcessTransport(peer, data, self.ranks.control, direction),
+            "transport": ProcessTransport(self.ranks.base + peer, data, self.ranks.control, direction),
             "depth": depth,
             "device": self.worker.device,
             "meter": self.worker.meter,
@@ -199,6 +200,8 @@ class Stage:
         self._take_feedback(batch - worker.settings.feedback_delay)
         worker.learn(batch)
         self.batch += 1
+        if self.batch % COMPARE_EVERY == 0:
+            worker.compare_codebooks()
         meter.end()
         return Stats(batch, losses, sent, len(worker.pending))
 

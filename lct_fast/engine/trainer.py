@@ -96,6 +96,8 @@ class Trainer:
         reuse_limit: async: how often a group takes a slot at most; with all at it the group idles. Default no limit.
         slow_group, slow_down: async, simulated: that group (1-based) gets a turn ``slow_down`` times as seldom as
             another one.
+        replicas: pipelined over processes, R copies of the pipeline, each on its part of every batch: R x K processes
+            (docs/replicas.md). The first group's process of each is given its own part, all of one size.
 
     Attributes:
         wires: the codec's spec for each cut.
@@ -103,6 +105,8 @@ class Trainer:
         groups: all groups; over processes, only this process's is trained here.
         workers: the groups trained in this process.
         first, last: whether this process trains the first, the last group.
+        replica, replicas: number of the replica this process belongs to, from 0, and how many there are.
+        reports: whether this process gets all results: it trains the last group of replica 0.
 
     Raises:
         ValueError: an argument that does not fit, in one line.
@@ -133,6 +137,7 @@ class Trainer:
         reuse_limit: int | None = None,
         slow_group: int | None = None,
         slow_down: float = 1.0,
+        replicas: int = 1,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -174,6 +179,14 @@ class Trainer:
             raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
+        if replicas < 1:
+            raise ValueError(f"replicas: expected an integer >= 1, got {replicas}")
+        over_processes = schedule != "lockstep" and _several_processes()
+        if replicas > 1 and not (pipelined and over_processes and hybrid is None):
+            raise ValueError(
+                f"replicas={replicas} takes the pipelined schedule, without serial steps, over {replicas} processes a "
+                f"group: start with torchrun, initialise torch.distributed and give schedule='pipelined'"
+            )
         self.method = method
         self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
@@ -200,20 +213,23 @@ class Trainer:
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         seed = torch.initial_seed()
         self.ranks: Ranks | None = None
-        if (
-            schedule != "lockstep"
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_world_size() > 1
-        ):
+        if over_processes:
             if slow_down > 1:
                 raise ValueError(
                     "slow_down simulates a slow group in one process: over processes leave it out"
                 )
-            self.ranks = Ranks.join([g.units for g in self.groups], places[0])
+            self.ranks = Ranks.join([g.units for g in self.groups], places[0], replicas)
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         self.workers = [
-            Worker(k, self.groups[k], places[k * len(places) // count], self.settings, seed) for k in mine
+            Worker(
+                k,
+                self.groups[k],
+                places[k * len(places) // count],
+                self.settings,
+                seed,
+                None if self.ranks is None else self.ranks.replicas,
+            )
+            for k in mine
         ]
         self.choices: list[Choice | None] = [None] * len(self.wires)
         if "auto" in self.wires:
@@ -221,9 +237,7 @@ class Trainer:
         # An end of a cut has a codec of its own.
         ends = [None, *self.wires, None]
         for worker in self.workers:
-            worker.decoder, worker.encoder = (
-                None if spec is None else codecs.build(spec) for spec in ends[worker.index : worker.index + 2]
-            )
+            worker.set_codecs(ends[worker.index], ends[worker.index + 1])
         self._run: Lockstep | Ticks | Stage | Asynchronous
         if self.ranks is not None and schedule == "async":
             self._run = AsyncStage(self.workers[0], self.ranks, pace)
@@ -234,6 +248,9 @@ class Trainer:
         else:
             self._run = (Ticks if pipelined else Lockstep)(self.workers)
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
+        self.replica = self.workers[0].replicas.index
+        self.replicas = replicas
+        self.reports = self.last and self.replica == 0
         self.meter = Meter([w.meter for w in self.workers])
 
     @property
@@ -304,16 +321,21 @@ class Trainer:
     def gather_meter(self) -> tuple[Meter, list[float]]:
         """The meter of all groups, and the seconds each one's clock is ahead of the first's.
 
-        Over processes every process calls it, after ``stop``.
+        Over processes every process calls it, after ``stop``. Of replicas, samples and bytes are those of all, times
+        those of replica 0.
         """
         if self.ranks is None:
             return self.meter, [0.0] * len(self.groups)
         mine = (self.workers[0].meter, self.meter.step_seconds, self.ranks.ahead)
-        everyone: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(everyone, mine, group=self.ranks.control)
-        meter = Meter([one[0] for one in everyone])
-        meter.step_seconds = everyone[-1][1]
-        return meter, [one[2] for one in everyone]
+        everyone: list[Any] = [None] * len(self.ranks.everywhere)
+        dist.all_gather_object(everyone, mine, group=self.ranks.world)
+        count = self.ranks.size
+        pipeline = everyone[:count]
+        for rank, (other, *_) in enumerate(everyone[count:]):
+            pipeline[rank % count][0].add_counts(other)
+        meter = Meter([one[0] for one in pipeline])
+        meter.step_seconds = pipeline[-1][1]
+        return meter, [one[2] for one in pipeline]
 
     def settle(self) -> None:
         """As ``drain``, and what it finished is told by the next steps or ``drain``."""
@@ -346,7 +368,10 @@ class Trainer:
 
         What crosses the cuts is sent as it is, or ``coded`` as in training, with codecs that learn nothing meanwhile.
         Over processes, called in the first group's, the result is an event of the last group's; here it is None.
+        Of replicas only replica 0 evaluates: its network is the one that is exported. Others go on.
         """
+        if self.replica > 0:
+            return None
         if isinstance(self._run, Stage):
             return self._run.evaluate(batches, coded)
         self.settle()
@@ -380,13 +405,13 @@ class Trainer:
         return exit_module(self.groups, len(self.groups) if exit is None else exit)
 
     def gather(self, exit: int | None = None) -> nn.Module:
-        """As ``module``, over processes: every process calls it after ``stop`` and gets the whole network."""
+        """As ``module``, over processes: every process calls it after ``stop`` and gets replica 0's whole network."""
         if self.ranks is not None:
             for owner, group in enumerate(self.groups):
-                mine = owner == self.ranks.rank
+                mine = owner == self.ranks.base + self.ranks.rank
                 for tensor in group.state_dict().values():
                     values = tensor.detach().cpu().contiguous()
-                    dist.broadcast(values, owner, group=self.ranks.control)
+                    dist.broadcast(values, owner, group=self.ranks.world)
                     if not mine:
                         tensor.copy_(values)
                 group.to(self.workers[0].device)
@@ -415,7 +440,11 @@ class Trainer:
         """Puts the measured choice in place of every "auto"."""
         shapes = [g.shape for g in self.groups[:-1]]
         costs = auto_codec.measure(self.workers, self.wires, shapes, self.groups[0].cut.example, self.ranks)
-        for k, choice in enumerate(auto_codec.choose(costs)):
+        choices = auto_codec.choose(costs)
+        if self.ranks is not None:
+            # Of replicas the first decides, as all must have the same.
+            dist.broadcast_object_list(choices, 0, group=self.ranks.world)
+        for k, choice in enumerate(choices):
             if self.wires[k] == "auto":
                 self.wires[k], self.choices[k] = choice.codec, choice
 
@@ -423,6 +452,10 @@ class Trainer:
         if not isinstance(self._run, Stage):
             raise RuntimeError(f"{name} is for a pipelined run over processes; this one runs in one process")
         return self._run
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _device_of(group: Group) -> torch.device:

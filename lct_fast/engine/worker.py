@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lct_fast import codecs
 from lct_fast.codecs import Codec, Encoded
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
 from lct_fast.engine.exits import score
@@ -19,6 +20,7 @@ from lct_fast.engine.group import Group
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.meter import GroupMeter
 from lct_fast.engine.random_stream import RandomStream
+from lct_fast.engine.replicas import Replicas
 from lct_fast.methods import LocalStep, Method, Objective, Slot
 from lct_fast.methods.method import OptimizerFactory
 
@@ -69,6 +71,7 @@ class Worker:
         device: where it runs.
         settings: of the run.
         seed: of the run, for the group's random numbers.
+        replicas: the processes that train this group; by default this one alone.
 
     Attributes:
         decoder, encoder: of what comes and of what leaves, this end's own; None before the first and behind the last
@@ -86,11 +89,14 @@ class Worker:
         device: torch.device,
         settings: Settings,
         seed: int,
+        replicas: Replicas | None = None,
     ) -> None:
         self.index, self.group, self.device, self.settings = index, group, device, settings
         self.decoder: Codec | None = None
         self.encoder: Codec | None = None
+        self.replicas = replicas or Replicas()
         group.to(device=device, memory_format=settings.memory_format)  # type: ignore[call-overload]
+        self.replicas.align(group)
         joint = settings.method.joint_optimizer or group.last
         trained = (group if joint else group.layers).parameters()
         params = [p for p in trained if p.requires_grad]
@@ -100,14 +106,24 @@ class Worker:
             self.critic_optimizer = settings.method.critic_optimizer(group.critic.parameters())
         make = settings.scheduler
         self.schedulers = [make(self.optimizer)] if make and self.optimizer else []
-        # As they run: compiled, or the group's own.
-        self.layers = self._ready(group.layers)
-        self._fused = None if group.fused is None else self._ready(group.fused)
-        self.random = RandomStream(seed, index, device)
+        # As they run: compiled, or the group's own; under DistributedDataParallel where there are replicas.
+        self.layers, self._fused = self.replicas.wrap(
+            self._ready(group.layers), None if group.fused is None else self._ready(group.fused)
+        )
+        averaged = {id(p) for p in group.layers.parameters()}
+        self._by_hand = [p for p in self.parameters if id(p) not in averaged]
+        self.random = RandomStream(seed, index, device, self.replicas.index)
         self.pending: deque[Pending] = deque()
         self.owed: deque[tuple[int, Tensor]] = deque()
         self.meter = GroupMeter(index, group.last)
         self.kept: Stateful | None = None
+
+    def set_codecs(self, decoder: str | None, encoder: str | None) -> None:
+        """The specs of what comes and of what leaves; None where nothing does."""
+        self.decoder = None if decoder is None else codecs.build(decoder)
+        self.encoder = None if encoder is None else codecs.build(encoder)
+        if self.encoder is not None:
+            self.encoder.join(self.replicas)
 
     def _ready(self, module: nn.Module) -> nn.Module:
         return torch.compile(module) if self.settings.compile else module  # type: ignore[return-value]
@@ -152,13 +168,14 @@ class Worker:
         self.group.train()
         version = h._version
         try:
-            with self.random.active(), self.autocast():
+            averaging = self.replicas.averaging(self._ends_update(batch))
+            with averaging, self.random.active(), self.autocast():
                 result = settings.method.local_step(
                     self,
                     h,
                     target,
                     settings.objective,
-                    settings.objective.scale(target, settings.accumulate),
+                    self._scale(target, settings.accumulate),
                     keep_slot=keep,
                     span=self.meter.span,
                 )
@@ -197,8 +214,10 @@ class Worker:
             return decoder.decode(coded.to(self.device))
 
     def mean(self, loss: Tensor, target: Tensor) -> Tensor:
-        """Mean of a per-sample loss [N] over the rows that count, on the device."""
-        return loss.detach().sum() * self.settings.objective.scale(target)
+        """Mean of a per-sample loss [N] over the rows that count, of all replicas, on the device."""
+        objective = self.settings.objective
+        here = loss.detach().sum() * objective.scale(target)
+        return self.replicas.mean(here, objective.counted(target))
 
     def owes(self, batch: int) -> bool:
         """Whether the group before learns from this group's loss on ``batch``."""
@@ -220,6 +239,7 @@ class Worker:
         if self.optimizer is None or not self._ends_update(batch):
             return
         with self.meter.span("optimizer"):
+            self.replicas.average(self._by_hand)
             if self.settings.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
             self.optimizer.step()
@@ -272,6 +292,28 @@ class Worker:
             else:
                 part["lr"] = rate
 
+    def _scale(self, target: Tensor, divisor: int) -> Tensor:
+        """The factor of the mean loss, such that gradients averaged over replicas are those of the whole batch."""
+        objective = self.settings.objective
+        return objective.scale(target, divisor) * self.replicas.weight(objective.counted(target))
+
+    def compare_codebooks(self) -> None:
+        """Checks that all replicas code alike.
+
+        Raises:
+            ReplicaError: names the ranks that do not.
+        """
+        if self.encoder is not None:
+            self.replicas.compare(f"the codebook of group {self.index + 1}", self.encoder.shared())
+
+    def compare_weights(self) -> None:
+        """Waits for all replicas and checks that they hold the same weights.
+
+        Raises:
+            ReplicaError: names the ranks that do not.
+        """
+        self.replicas.compare(f"the weights of group {self.index + 1}", self.group.parameters())
+
     def _ends_update(self, batch: int) -> bool:
         return (batch + 1) % self.settings.accumulate == 0
 
@@ -293,6 +335,7 @@ class Worker:
         if optimizer is None or all(p.grad is None for p in self.critic.parameters()):
             return
         with self.meter.span("critic update"):
+            self.replicas.average(self.critic.parameters())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -37,3 +37,29 @@ def state(trainer: lct.Trainer) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Equal, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def rows_apart(seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
+    """Four units on 8x8 images of one channel, five classes, in which no row depends on another: group norm."""
+    torch.manual_seed(seed)
+    net = nn.Sequential()
+    channels = 1
+    for i in range(1, 5):
+        unit = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU())
+        if dropout:
+            unit.append(nn.Dropout(dropout))
+        net.add_module(f"unit{i}", unit)
+        channels = 8
+    net.add_module("flat", nn.Flatten())
+    net.add_module("head", nn.Linear(8 * 8 * 8, 5))
+    return net
+
+
+def perceptron(seed: int = 0) -> nn.Sequential:
+    """Linear layers on the same images, so that a linear critic's logits come with its group's last layer."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Flatten())
+    for i in range(1, 5):
+        net.add_module(f"unit{i}", nn.Sequential(nn.Linear(64 if i == 1 else 24, 24), nn.ReLU()))
+    net.add_module("head", nn.Linear(24, 5))
+    return net

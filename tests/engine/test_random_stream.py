@@ -45,3 +45,9 @@ def test_an_error_inside_gives_the_outside_back() -> None:
     except KeyError:
         pass
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_replicas_draw_different_numbers_and_the_first_those_of_a_run_without() -> None:
+    states = [RandomStream(7, 1, HOST, replica).state["cpu"] for replica in range(3)]
+    assert torch.equal(states[0], RandomStream(7, 1, HOST).state["cpu"])
+    assert not any(torch.equal(a, b) for i, a in enumerate(states) for b in states[:i])
