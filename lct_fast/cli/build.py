@@ -142,6 +142,8 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         autocast=torch.bfloat16 if config.autocast == "bf16" else None,
         compile=config.compile,
         channels_last=config.channels_last,
+        start_timeout=config.start_timeout,
+        step_timeout=config.step_timeout,
     )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lct_fast.cli.config import Config, ConfigError
+from lct_fast.engine import PeerError
+from lct_fast.engine.errors import first_line
 
 
 def count() -> int:
@@ -40,8 +43,8 @@ def check(config: Config) -> None:
         )
 
 
-def join(devices: list[torch.device]) -> torch.device:
-    """Joins the other processes, and returns the device of this one."""
+def join(devices: list[torch.device], start_timeout: float) -> torch.device:
+    """Joins the other processes, within ``start_timeout`` seconds, and returns the device of this one."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = devices[local % len(devices)]
     if device.type == "cuda":
@@ -53,7 +56,8 @@ def join(devices: list[torch.device]) -> torch.device:
                 )
             device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=start_timeout))
     return device
 
 
@@ -62,7 +66,12 @@ def from_first(value: Any) -> Any:
     if count() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    try:
+        dist.broadcast_object_list(box, src=0)
+    except RuntimeError as error:
+        raise PeerError(
+            f"a process ended or did not answer during the start ({first_line(error)}): see its own error"
+        ) from None
     return box[0]
 
 

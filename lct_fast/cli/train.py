@@ -70,7 +70,7 @@ def train(
     devices = build.set_up(config)
     several = processes.count() > 1
     if several:
-        devices = [processes.join(devices)]
+        devices = [processes.join(devices, config.start_timeout)]
     images = build.load_data(config) if processes.is_first() else None
     facts = processes.from_first(build.facts(config, images) if images else None)
     found = processes.from_first(checkpoint.latest(folder.checkpoints) if resume else None)

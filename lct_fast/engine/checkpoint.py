@@ -15,6 +15,7 @@ import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,19 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any] | None = None, ke
     group's completes it, with its ``extra`` (JSON).
     """
     trainer.settle()
+    _tell_heart(trainer, folder)
     final = folder / f"step-{trainer.batch:08d}"
-    partial = folder / f".partial-{final.name}"
+    unfinished = folder / f".partial-{final.name}"
     try:
         if trainer.first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
         for worker in trainer.workers:
-            _write_group(worker, partial)
+            _write_group(worker, unfinished)
         if trainer.last:
-            _complete(trainer, partial, final, extra or {})
+            _complete(trainer, unfinished, final, extra or {})
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     if trainer.last:
         for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -103,6 +105,7 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
                     raise CheckpointError(f"{path} lacks the feedback of batch {pending.batch}")
                 pending.next_loss = owed[pending.batch].to(worker.device)
     trainer.batch = manifest["batch"]
+    _tell_heart(trainer, path.parent)
     _restore_random_states(rng)
     return manifest["extra"]
 
@@ -115,6 +118,12 @@ def load_weights(trainer: Trainer, path: Path) -> dict[str, Any]:
         _check_state(path, worker, tensors)
         worker.group.load_state_dict(_part(tensors, "group."))
     return manifest["extra"]
+
+
+def _tell_heart(trainer: Trainer, folder: Path) -> None:
+    """Errors that end a run over processes name its last good checkpoint."""
+    if trainer.ranks is not None:
+        trainer.ranks.heart.newest = partial(latest, folder)
 
 
 def _write_group(worker: Worker, folder: Path) -> None:

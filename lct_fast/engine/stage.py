@@ -75,6 +75,8 @@ class Stage:
             "row": row,
             "peer": f"the process of group {peer + 1} ({self.ranks.places[peer]})",
             "ahead": self.ranks.ahead,
+            "heart": self.ranks.heart,
+            "peer_rank": peer,
         }
 
     # What the first group's process does.
@@ -175,6 +177,7 @@ class Stage:
         worker.update(batch)
         self._take_feedback(batch - worker.settings.feedback_delay)
         worker.learn(batch)
+        self.ranks.heart.done(batch)
         self.batch += 1
         meter.end()
         return Stats(batch, losses, sent, len(worker.pending))
@@ -247,13 +250,16 @@ class Stage:
             if end is not None:
                 end.close()
         atexit.unregister(self._abandon)
+        self.ranks.heart.end()
 
-    @staticmethod
-    def _abandon() -> None:
+    def _abandon(self) -> None:
         """Ends a process whose stream has not ended: at once, as threads of links that wake up in an interpreter that
         is being taken down abort it (pthread_exit through C++ frames, up to Python 3.12)."""
-        if not hasattr(sys, "last_value"):
-            print("lct_fast: this process ends before trainer.stop()", file=sys.stderr)
+        error = getattr(sys, "last_value", None)
+        if error is None:
+            error = RuntimeError("this process ended before trainer.stop()")
+            print(f"lct_fast: {error}", file=sys.stderr)
+        self.ranks.heart.report(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

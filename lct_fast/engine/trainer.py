@@ -79,6 +79,10 @@ class Trainer:
         autocast: ``torch.bfloat16`` to run layers and critics under autocast.
         compile: run each group's layers through ``torch.compile``.
         channels_last: keep 4-d tensors in channels-last memory.
+        start_timeout: over processes, seconds that a process's training loop may stand still until its first batch is
+            done (compilation, loading, warm-up). Beyond that all processes end with an error that names it.
+        step_timeout: the same from the first batch on: more than the longest step, and than the longest pause between
+            two calls of ``step`` (``beat`` in longer ones).
 
     Attributes:
         groups: all groups; over processes, only this process's is trained here.
@@ -108,6 +112,8 @@ class Trainer:
         autocast: torch.dtype | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        start_timeout: float = 600.0,
+        step_timeout: float = 60.0,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -132,6 +138,9 @@ class Trainer:
             raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
+        for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
         self.method = method
         self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
@@ -155,7 +164,8 @@ class Trainer:
         seed = torch.initial_seed()
         self.ranks: Ranks | None = None
         if pipelined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self.ranks = Ranks.join([g.units for g in self.groups], places[0])
+            units = [g.units for g in self.groups]
+            self.ranks = Ranks.join(units, places[0], start_timeout, step_timeout)
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         # An end of a cut has a codec of its own.
         ends = [None, *wires, None]
@@ -230,6 +240,15 @@ class Trainer:
                 self.meter.step_seconds.append(now - before)
                 before = now
 
+    def beat(self) -> None:
+        """Over processes: says that this process's training loop is alive, in a pause longer than ``step_timeout``.
+
+        Raises:
+            PeerError: another group's process has gone.
+        """
+        if self.ranks is not None:
+            self.ranks.heart.beat()
+
     def drain(self) -> list[Stats]:
         """Pipelined in one process: lets every group catch up with the first; what that finished. Changes no result."""
         return [] if isinstance(self._run, Stage) else self._run.drain()
@@ -243,7 +262,8 @@ class Trainer:
             return self.meter, [0.0] * len(self.groups)
         mine = (self.workers[0].meter, self.meter.step_seconds, self.ranks.ahead)
         everyone: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(everyone, mine, group=self.ranks.control)
+        with self.ranks.heart.together():
+            dist.all_gather_object(everyone, mine, group=self.ranks.meeting)
         meter = Meter([one[0] for one in everyone])
         meter.step_seconds = everyone[-1][1]
         return meter, [one[2] for one in everyone]
@@ -311,7 +331,8 @@ class Trainer:
                 mine = owner == self.ranks.rank
                 for tensor in group.state_dict().values():
                     values = tensor.detach().cpu().contiguous()
-                    dist.broadcast(values, owner, group=self.ranks.control)
+                    with self.ranks.heart.together():
+                        dist.broadcast(values, owner, group=self.ranks.meeting)
                     if not mine:
                         tensor.copy_(values)
                 group.to(self.workers[0].device)
