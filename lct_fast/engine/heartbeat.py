@@ -111,7 +111,9 @@ class Heartbeat:
     def done(self, batch: int) -> None:
         """``batch`` is done: from the first one on ``step_timeout`` counts. Raises as ``beat``."""
         self._batch = batch
-        self._phase = Phase.RUNNING
+        if self._phase is Phase.STARTING:
+            self._phase = Phase.RUNNING
+            self._stir()
         self.beat()
 
     def end(self) -> None:

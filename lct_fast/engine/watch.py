@@ -74,7 +74,7 @@ class Watch:
         self.beats = [Beat()] * size
         self._pause, self._looked, self._clock = pause, now, 0.0
         self._alive = [_Since(0, 0.0) for _ in range(size)]
-        self._turns = [_Since((0, ""), 0.0) for _ in range(size)]
+        self._turns = [_Since((0, Phase.STARTING), 0.0) for _ in range(size)]
         self._work = _Since(None, 0.0)
 
     def look(self, beats: Sequence[Beat], now: float) -> Report | None:
@@ -115,7 +115,7 @@ class Watch:
         if rank != self.rank and silent >= min(still, limit) / 2:
             return Report(self.rank, beat.batch, f"stopped answering {still:.0f} s ago", rank)
         why = (
-            f"its training loop has stood still for {still:.0f} s: raise {name} if a step may take this long"
+            f"has stood still in its training loop for {still:.0f} s: raise {name} if a step may take this long"
         )
         return Report(self.rank, beat.batch, why, None if rank == self.rank else rank)
 
