@@ -31,7 +31,7 @@ def run_here(
             if ends:
                 recorder.epoch(_result(trainer, test))
             if saves:
-                checkpoint.save(trainer, checkpoints, recorder.position())
+                checkpoint.save(trainer, checkpoints, recorder.position(), wait=False)
                 recorder.restart_clock()
             if done == recorder.steps:
                 break
@@ -48,7 +48,7 @@ def drive(
     """As ``run_here``, in the process of the first group: the others ``follow``."""
 
     def save() -> None:
-        checkpoint.save(trainer, checkpoints)
+        checkpoint.save(trainer, checkpoints, wait=False)
         trainer.mark(_CHECKPOINT)
 
     while trainer.batch < recorder.steps:
@@ -79,7 +79,7 @@ def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Evaluatio
             if event.code == _FLUSHED:
                 flushed = True
             else:
-                checkpoint.save(trainer, checkpoints, recorder.position())
+                checkpoint.save(trainer, checkpoints, recorder.position(), wait=False)
                 recorder.restart_clock()
         elif isinstance(event, Stats):
             if trainer.last:

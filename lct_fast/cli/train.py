@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     resume = args.resume or (restarted and (out / "config.yaml").exists())
     config = folder.reopen(options) if resume else fresh
     processes.check(config)
-    summary = train(config, folder, resume=resume, quiet=args.json)
+    try:
+        summary = train(config, folder, resume=resume, quiet=args.json)
+    finally:
+        folder.unlock()
     if summary is None:
         return 0
     if args.json:
@@ -73,7 +77,12 @@ def train(
         devices = [processes.join(devices, config.start_timeout)]
     images = build.load_data(config) if processes.is_first() else None
     facts = processes.from_first(build.facts(config, images) if images else None)
-    found = processes.from_first(checkpoint.latest(folder.checkpoints) if resume else None)
+    found = None
+    if resume and processes.is_first():
+        folder.lock()
+        found = checkpoint.whole(folder.checkpoints, _warn)
+        checkpoint.sweep(folder.checkpoints)
+    found = processes.from_first(found)
     groups, config.split = build.build_groups(config, facts, devices[0], processes.from_first)
     per_epoch = facts.train_images // config.batch_size
     steps = build.total_steps(config, per_epoch)
@@ -111,6 +120,10 @@ def train(
     plot_curves(folder.path, folder.path / "curves.png")
     folder.write_summary(summary)
     return summary
+
+
+def _warn(line: str) -> None:
+    print(f"lct-fast train: {line}", file=sys.stderr, flush=True)
 
 
 def _print_map(trainer: Trainer) -> None:

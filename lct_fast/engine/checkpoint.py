@@ -9,12 +9,16 @@ say nothing of processes, so a run may go on under another schedule.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ from lct_fast.engine.worker import Pending, Worker
 from lct_fast.methods import Slot
 
 FORMAT = 3
+# Seconds between two looks for what other processes write.
+_POLL = 0.02
 _COUNTERS = ("samples", "wire_bytes", "raw_bytes", "feedback_bytes")
 
 
@@ -42,31 +48,68 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(trainer: Trainer, folder: Path, extra: dict[str, Any] | None = None, keep: int = 2) -> Path:
+def whole(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in ``folder`` all of whose hashes are right; ``tell`` gets a line on each newer one.
+
+    None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
+        try:
+            _verify(path)
+        except CheckpointError as error:
+            tell(f"{error}; {path.name} is passed over")
+            continue
+        return path
+    if found:
+        raise CheckpointError(f"{folder} holds no whole checkpoint: start again, in another run folder")
+    return None
+
+
+def sweep(folder: Path) -> None:
+    """Removes what interrupted writes have left. For when nobody writes there: the start of a run."""
+    for left in folder.glob(".partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def save(
+    trainer: Trainer, folder: Path, extra: dict[str, Any] | None = None, keep: int = 2, wait: bool = True
+) -> Path:
     """Writes the state of ``trainer`` as ``folder/step-N``; older ones beyond ``keep`` go.
 
     A crash or a full disk on the way leaves earlier checkpoints whole. Over processes each calls it at the same mark
-    of the stream, with one folder on a shared file system: the first group's process begins the checkpoint, the last
-    group's completes it, with its ``extra`` (JSON).
+    of the stream, with one folder on a shared file system; the last group's process, with its ``extra`` (JSON),
+    completes the checkpoint when all groups have written.
+
+    Args:
+        wait: False to return once the state is copied to host memory. It is written meanwhile, one checkpoint at a
+            time; errors come from the next ``step`` or event, from the next ``save``, or from
+            ``trainer.finish_saving()``, which waits.
+
+    Raises:
+        CheckpointError: it cannot be written; earlier ones are whole.
     """
     trainer.settle()
     _tell_heart(trainer, folder)
+    if trainer.first and trainer.saves == 0:
+        # The others begin only after the mark that follows.
+        sweep(folder)
+    trainer.saves += 1
     final = folder / f"step-{trainer.batch:08d}"
-    unfinished = folder / f".partial-{final.name}"
-    try:
-        if trainer.first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        for worker in trainer.workers:
-            _write_group(worker, unfinished)
-        if trainer.last:
-            _complete(trainer, unfinished, final, extra or {})
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    # The number tells apart two of the same batch, of which the first may still be incomplete.
+    unfinished = folder / f".partial-{trainer.saves}-{final.name}"
+    snapshots = [(w.index, *_snapshot(w)) for w in trainer.workers]
+    complete = None
     if trainer.last:
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        rng, manifest = _random_states(), _manifest(trainer, extra or {})
+        complete = partial(_complete, unfinished, final, rng, manifest, keep, trainer.patience)
+    alone = trainer.first and trainer.last
+    trainer.writer.submit(partial(_write, unfinished, final, snapshots, complete, alone))
+    if wait:
+        trainer.writer.finish()
     return final
 
 
@@ -80,6 +123,12 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     if manifest["method"] != trainer.method.name:
         raise CheckpointError(
             f"{path} was made by method {manifest['method']!r}, this run uses {trainer.method.name!r}"
+        )
+    delay = trainer.settings.feedback_delay
+    if trainer.method.uses_feedback and manifest.get("feedback_delay", delay) != delay:
+        raise CheckpointError(
+            f"{path} was made with feedback_delay {manifest['feedback_delay']}, this run has {delay}: a critic would "
+            f"learn from some batches twice or never; use the same --feedback-delay"
         )
     found, expected = manifest["units"], [g.units for g in trainer.groups]
     if found != expected:
@@ -126,36 +175,106 @@ def _tell_heart(trainer: Trainer, folder: Path) -> None:
         trainer.ranks.heart.newest = partial(latest, folder)
 
 
-def _write_group(worker: Worker, folder: Path) -> None:
-    """group-k.safetensors, then group-k.json with its hash."""
-    tensors, description = _pack_worker(worker)
-    file = folder / f"group-{worker.index + 1}.safetensors"
+def _write(
+    unfinished: Path,
+    final: Path,
+    snapshots: list[tuple[int, dict[str, Tensor], dict[str, Any]]],
+    complete: Callable[[], None] | None,
+    alone: bool,
+) -> None:
+    """The groups of this process, and all the rest in the process of the last one; in the writer's thread."""
+    files: list[Path] = []
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for index, tensors, description in snapshots:
+            file = unfinished / f"group-{index + 1}.safetensors"
+            files += [file, file.with_suffix(".json"), file.with_suffix(".tmp")]
+            _write_group(file, tensors, description)
+        if complete is not None:
+            complete()
+    except BaseException as error:
+        if alone:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for file in files:
+            # Makes room on a full disk. The folder stays while others may write there; the next run removes it.
+            with suppress(OSError):
+                file.unlink()
+        if not isinstance(error, OSError | SafetensorError | CheckpointError):
+            raise
+        raise CheckpointError(_unwritten(final, error)) from None
+
+
+def _unwritten(final: Path, error: BaseException) -> str:
+    """What to say of a checkpoint that could not be written."""
+    why = str(error)
+    if isinstance(error, OSError):
+        why = error.strerror or why
+    elif "StorageFull" in why or "code: 28" in why:
+        why = os.strerror(errno.ENOSPC)
+    previous = latest(final.parent)
+    left = f"the previous one, {previous}, is whole" if previous else "there is no earlier one"
+    return f"checkpoint {final} could not be written ({why}): {left}; make room, then go on with --resume"
+
+
+def _write_group(file: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """group-k.safetensors, then group-k.json with its hash: it appears when the group is written."""
     save_file(tensors, file)
     _sync(file)
-    text = file.with_suffix(".json")
-    text.write_text(json.dumps(description | {"sha256": _sha256(file)}))
-    _sync(text)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(description | {"sha256": _sha256(file)}))
+    _sync(temporary)
+    os.replace(temporary, file.with_suffix(".json"))
 
 
-def _complete(trainer: Trainer, partial: Path, final: Path, extra: dict[str, Any]) -> None:
-    save_file(_random_states(), partial / "rng.safetensors")
-    _sync(partial / "rng.safetensors")
-    named = [*(f"group-{k}.json" for k in range(1, len(trainer.groups) + 1)), "rng.safetensors"]
-    manifest = {
+def _manifest(trainer: Trainer, extra: dict[str, Any]) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "batch": trainer.batch,
         "method": trainer.method.name,
+        "feedback_delay": trainer.settings.feedback_delay,
         "units": [g.units for g in trainer.groups],
         "extra": extra,
-        "sha256": {name: _sha256(partial / name) for name in named},
     }
-    (partial / "manifest.json").write_text(json.dumps(manifest))
-    for path in (partial / "manifest.json", partial):
+
+
+def _complete(
+    unfinished: Path,
+    final: Path,
+    rng: dict[str, Tensor],
+    manifest: dict[str, Any],
+    keep: int,
+    patience: float,
+) -> None:
+    """Once every group is written: the manifest, and the name that makes the checkpoint exist."""
+    save_file(rng, unfinished / "rng.safetensors")
+    _sync(unfinished / "rng.safetensors")
+    groups = [unfinished / f"group-{k}.json" for k in range(1, len(manifest["units"]) + 1)]
+    _wait_for(groups, patience)
+    named = [*groups, unfinished / "rng.safetensors"]
+    manifest = manifest | {"sha256": {file.name: _sha256(file) for file in named}}
+    (unfinished / "manifest.json").write_text(json.dumps(manifest))
+    for path in (unfinished / "manifest.json", unfinished):
         _sync(path)
     if final.exists():
         shutil.rmtree(final)
-    os.replace(partial, final)
+    os.replace(unfinished, final)
     _sync(final.parent)
+    for old in sorted(final.parent.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def _wait_for(files: list[Path], patience: float) -> None:
+    """Until all are there: other processes write them at their own time."""
+    deadline = time.monotonic() + patience
+    while missing := [f for f in files if not f.exists()]:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{missing[0].name} of another process was not there after {patience:.0f} s"
+            )
+        # A process that ends by an error must not stay for this.
+        if not threading.main_thread().is_alive():
+            raise CheckpointError(f"{missing[0].name} of another process was not there at the end")
+        time.sleep(_POLL)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -175,6 +294,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(f"{file}: expected checkpoint format {FORMAT}, got {got}")
     return manifest
+
+
+def _verify(path: Path) -> None:
+    """Raises CheckpointError unless every file's hash is the one noted."""
+    manifest = read_manifest(path)
+    for name, sha256 in manifest["sha256"].items():
+        _check_hash(path / name, sha256)
+    for k in range(len(manifest["units"])):
+        description = json.loads((path / f"group-{k + 1}.json").read_text())
+        _check_hash(path / f"group-{k + 1}.safetensors", description["sha256"])
 
 
 def _read(path: Path, name: str, sha256: str | None) -> dict[str, Tensor]:
@@ -228,6 +357,21 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+def _snapshot(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a group in host memory, where no later step changes it."""
+    tensors, description = _pack_worker(worker)
+    copies = {
+        n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t.detach(), non_blocking=True)
+        for n, t in tensors.items()
+    }
+    for device in {t.device for t in tensors.values() if t.is_cuda}:
+        # All copies are on their way at once; the next step may write over what they read.
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        event.synchronize()
+    return copies, description
+
+
 def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {f"group.{n}": t for n, t in worker.group.state_dict().items()}
     # Inside an accumulation there are gradients to keep.
@@ -248,7 +392,7 @@ def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     description["owed"] = _pack(list(worker.owed), "owed", tensors)
     description["random"] = _pack(worker.random.state, "random", tensors)
     description["meter"] = {name: getattr(worker.meter, name) for name in _COUNTERS}
-    return {n: t.detach().contiguous().clone() for n, t in tensors.items()}, description
+    return tensors, description
 
 
 def _unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

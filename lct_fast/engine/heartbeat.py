@@ -146,7 +146,7 @@ class Heartbeat:
     def report(self, error: BaseException) -> None:
         """Tells the others that this process ends by ``error``, unless it only passes on what it heard."""
         told, self._told = self._told, True
-        if told or self._settled.is_set() or self._phase is Phase.ENDING:
+        if told or self._settled.is_set():
             return
         why = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
         self._outgoing.append(Report(self.rank, self._batch, f"ended by {why}{_where(error)}"))

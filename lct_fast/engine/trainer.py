@@ -21,6 +21,7 @@ from lct_fast.engine.stage import DEPTH, Stage
 from lct_fast.engine.stats import Event, Stats
 from lct_fast.engine.ticks import Ticks
 from lct_fast.engine.worker import SchedulerFactory, Settings, Worker
+from lct_fast.engine.writer import Writer
 from lct_fast.methods import Method, Objective
 from lct_fast.methods.method import OptimizerFactory
 from lct_fast.methods.objective import LossFunction
@@ -187,6 +188,8 @@ class Trainer:
             self._run = (Ticks if pipelined else Lockstep)(self.workers)
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
         self.meter = Meter([w.meter for w in self.workers])
+        # Of checkpoints: who writes them, how many were begun, and how long one waits for the other processes' part.
+        self.writer, self.saves, self.patience = Writer(self._wait_for_writer), 0, start_timeout
 
     @property
     def batch(self) -> int:
@@ -209,11 +212,13 @@ class Trainer:
             NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated.
             OutOfMemoryError: names the group.
             PeerError: another group's process has gone.
+            CheckpointError: one begun earlier could not be written.
         """
         if not self.first:
             raise RuntimeError(
                 "step belongs to the first group's process: follow it with `for event in events()`"
             )
+        self.writer.check()
         check_batch(x, y, self.batch, self.num_classes, self.objective)
         start = time.perf_counter()
         stats = self._run.step(x, y)
@@ -234,11 +239,25 @@ class Trainer:
             )
         before = time.perf_counter()
         for event in stage.events():
+            self.writer.check()
             yield event
             if isinstance(event, Stats):
                 now = time.perf_counter()
                 self.meter.step_seconds.append(now - before)
                 before = now
+        self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Waits until a checkpoint that was begun is written. Over processes ``stop`` and the end of ``events`` do.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.writer.finish()
+
+    def _wait_for_writer(self) -> None:
+        if self.ranks is not None:
+            self.ranks.heart.wait("its checkpoint to be written")
 
     def beat(self) -> None:
         """Over processes: says that this process's training loop is alive, in a pause longer than ``step_timeout``.
@@ -283,7 +302,9 @@ class Trainer:
 
     def stop(self) -> None:
         """Over processes: the end of the stream; ``events`` ends everywhere."""
-        self._stage("stop").stop()
+        stage = self._stage("stop")
+        self.finish_saving()
+        stage.stop()
 
     def set_learning_rate(self, rate: float) -> None:
         """The learning rate of every group's optimiser from the next batch on; critics keep theirs."""

@@ -114,9 +114,7 @@ class Watch:
         name = "start_timeout" if beat.phase == Phase.STARTING else "step_timeout"
         if rank != self.rank and silent >= min(still, limit) / 2:
             return Report(self.rank, beat.batch, f"stopped answering {still:.0f} s ago", rank)
-        why = (
-            f"has stood still in its training loop for {still:.0f} s: raise {name} if a step may take this long"
-        )
+        why = f"has stood still in its training loop for {still:.0f} s: raise {name} if a step may take this long"
         return Report(self.rank, beat.batch, why, None if rank == self.rank else rank)
 
 
