@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lct_fast.cli import main
@@ -63,7 +64,7 @@ def arm(fault: Fault) -> None:
         if batch == fault.batch:
             threading.Thread(target=strike, daemon=True).start()
 
-    Heartbeat.done = watched  # type: ignore[method-assign]
+    Heartbeat.done = watched  # type: ignore[method-assign,assignment]
 
 
 def _note(fault: Fault) -> None:
@@ -95,12 +96,11 @@ def _fill(fault: Fault) -> None:
     """From now on the disk of this process takes half of a checkpoint's file."""
 
     def full(tensors: dict[str, Tensor], file: Path) -> None:
-        save(tensors, file)
+        save_file(tensors, file)
         os.truncate(file, file.stat().st_size // 2)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
-    save = checkpoint.save_file
-    checkpoint.save_file = full
+    setattr(checkpoint, "save_file", full)  # noqa: B010 (it is imported there)
 
 
 def _flip(fault: Fault) -> None:
@@ -120,7 +120,7 @@ def _flip(fault: Fault) -> None:
                 body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
         send(transport, header, body)
 
-    ProcessTransport.send = flipped  # type: ignore[method-assign]
+    ProcessTransport.send = flipped  # type: ignore[method-assign,assignment]
 
 
 def sealed() -> bool:

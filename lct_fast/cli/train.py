@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     fresh = resolve(options)
     out = args.out or Path("runs") / f"{fresh.data.partition(':')[0]}-{fresh.method}-seed{fresh.seed}"
     folder = RunFolder(out)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = processes.meet(fresh.start_timeout)
     resume = args.resume or (restarted and (out / "config.yaml").exists())
     config = folder.reopen(options) if resume else fresh
     processes.check(config)
