@@ -36,13 +36,13 @@ class RunFolder:
         self._writer: Any = None
         self._lock: Any = None
 
-    def lock(self, patience: float = _PATIENCE) -> None:
+    def lock(self, patience: float | None = None) -> None:
         """Keeps other runs from writing here until ``unlock`` or the end of this process.
 
         A lock of the operating system on a file: between machines it holds as far as the file system passes it on.
 
         Args:
-            patience: seconds to wait for a run that is ending.
+            patience: seconds to wait for a run that is ending; default 10.
 
         Raises:
             ConfigError: another run writes here; names its process.
@@ -51,7 +51,7 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
             raise ConfigError(f"cannot write the run folder {self.path}: {error.strerror}") from None
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (_PATIENCE if patience is None else patience)
         while not self._try_lock():
             if time.monotonic() >= deadline:
                 self._lock.seek(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,12 @@ def train(
             test = build.test_batches(config, images, devices[0])
             run = loop.drive if several else loop.run_here
             result = run(config, trainer, recorder, batches, test, folder.checkpoints)
+    except BaseException:
+        if not several:
+            # What was begun needs nobody else to be completed.
+            with suppress(checkpoint.CheckpointError):
+                trainer.finish_saving()
+        raise
     finally:
         folder.close()
     meter, offsets = trainer.gather_meter()
