@@ -4,7 +4,10 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.fault_drills import Drill, compare, meet
+from benchmarks.fault_drills import Drill, _lines, _lives, _pids, compare, meet, torchrun
 from lct_fast.cli import main, processes, run_folder
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
@@ -77,6 +80,33 @@ def test_a_run_over_processes_survives_a_fault(drill: Drill, tmp_path: Path) -> 
     # Raises where a process stays, names nobody, or the run that goes on differs.
     measured = meet(drill, tmp_path, step_timeout=20.0, wait=False)
     assert measured["survivors_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_no_process_outlives_its_launcher(tmp_path: Path) -> None:
+    options = [*SMALL[:-6], *("--steps", "100000", "--epochs", "100000", "--schedule", "pipelined")]
+    command = torchrun(2, 0, tmp_path / "logs", "lct_fast", [*options, "--out", str(tmp_path / "run")])
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    pids: list[int] = []
+    try:
+        while not checkpoint.latest(tmp_path / "run" / "checkpoints"):
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        (attempt,) = (tmp_path / "logs").glob("*/attempt_0")
+        pids = list(_pids(attempt).values())
+        assert len(pids) == 2 and all(map(_lives, pids))
+        launcher.kill()
+        while any(map(_lives, pids)):
+            assert time.monotonic() < deadline, "a worker lives on"
+            time.sleep(0.1)
+        for rank in range(2):
+            (said,) = _lines(attempt / str(rank) / "stderr.log")
+            assert "the launcher (torchrun) is gone" in said and "go on with --resume" in said
+    finally:
+        launcher.kill()
+        for pid in filter(_lives, pids):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("before", "after"), [("pipelined", "lockstep"), ("lockstep", "pipelined")])
