@@ -167,8 +167,8 @@ def _lose_the_second() -> str:
 def test_nan_in_one_group_is_what_all_report(threads: None) -> None:
     first, second, third = run_processes(_spoil_the_second, 3)
     assert second == (
-        "the loss of group 2 at batch 4 is NaN or Inf: the group was not updated; lower its learning rate and go on from "
-        "the last checkpoint"
+        "the loss of group 2 at batch 4 is NaN or Inf: the group was not updated; lower its learning rate and go on "
+        "from the last checkpoint"
     )
     for error in (first, third):
         assert error.startswith("rank 1 (group 2, ") and f"ended by NonFiniteError: {second}" in error
@@ -200,7 +200,7 @@ def test_a_loop_that_hangs_is_named_by_the_others_and_by_itself(threads: None) -
     first, second = run_processes(_hang_in_the_second, 2)
     for error in (first, second):
         assert error.startswith("rank 1 (group 2, ") and "in its training loop for" in error, error
-    assert "test_pipelined.py:" in second
+    assert "it is at threading.py:" in second
 
 
 def _hang_in_the_second() -> str:
