@@ -139,8 +139,8 @@ class Heartbeat:
 
     def verdict(self, otherwise: str) -> PeerError:
         """The error to raise where a peer is lost: waits, for seconds at most, until the cause is known."""
-        self._settled.wait(_GRACE + _LEAVE)
         self._told = True
+        self._settled.wait(_GRACE + _LEAVE)
         return PeerError(self._cause or otherwise)
 
     def report(self, error: BaseException) -> None:
@@ -149,6 +149,7 @@ class Heartbeat:
         if told or self._settled.is_set():
             return
         why = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
+        self._posted.clear()
         self._outgoing.append(Report(self.rank, self._batch, f"ended by {why}{_where(error)}"))
         self._stir()
         self._posted.wait(_GRACE)
@@ -193,7 +194,9 @@ class Heartbeat:
         reports = self._reports()
         if self._watching and not self._settled.is_set():
             standing = self._judge.look(self._read_beats(), now)
-            if standing is not None and not reports and not self._told:
+            # Of oneself one says it also where others have said it first: with the line.
+            new = not reports or (standing is not None and standing.accuses is None)
+            if standing is not None and new and not self._posted.is_set() and not self._told:
                 self._post(self._with_place(standing))
                 reports = self._reports()
         if self._terminated or (reports and self._watching):
@@ -234,7 +237,8 @@ class Heartbeat:
             self._terminated |= signal.SIGTERM in self._woken.recv(64)
 
     def _stir(self) -> None:
-        with suppress(BlockingIOError, OSError):
+        # Full: it wakes up anyway. Closed: it has ended.
+        with suppress(OSError):
             self._wake.send(b"\0")
 
     # The store.
@@ -302,9 +306,14 @@ class Heartbeat:
         main = threading.current_thread() is threading.main_thread()
         self._listens = main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         if self._listens:
-            signal.signal(signal.SIGTERM, lambda number, frame: None)
+            signal.signal(signal.SIGTERM, self._on_sigterm)
             # Written to by the C handler, so also while the main thread is in a kernel or a collective.
             self._others_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        """The thread has been woken already; without one the signal ends the process as if nobody listened."""
+        if not self._thread.is_alive():
+            self._leave(128 + number)
 
     def _deafen(self) -> None:
         if self._listens and threading.current_thread() is threading.main_thread():
@@ -313,6 +322,20 @@ class Heartbeat:
             self._listens = False
         self._wake.close()
         self._woken.close()
+
+
+def _leave_to_parent() -> None:
+    """In a forked process, a data loader's for example: its SIGTERM is its own, and must not wake the parent."""
+    for heart in _active:
+        if heart._listens:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            heart._listens = False
+        atexit.unregister(heart.close)
+    _active.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def store_of(run: str, step_timeout: float) -> Store:

@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,36 @@ def test_sigterm_is_left_to_who_handles_it_and_given_back() -> None:
         heart.close()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.set_wakeup_fd(-1) == -1
     assert not any(t.name == "heartbeat" for t in threading.enumerate())
+
+
+def test_sigterm_to_a_forked_process_is_its_own(two: Any) -> None:
+    pair = two()
+    ready, begun = os.pipe()
+    with warnings.catch_warnings():
+        # From Python 3.12 on: a process with threads forks.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os.write(begun, b"1")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(ready, 1) == b"1"
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+    time.sleep(0.5)
+    assert not pair.hearts[0]._terminated and not pair.hearts[0]._settled.is_set()
+
+
+def test_sigterm_ends_a_process_that_has_nobody_to_listen(two: Any) -> None:
+    pair = two()
+    # Behind the end of the stream a lost store is nobody's business.
+    pair.hearts[0].end()
+    pair.hearts[0]._store = _Gone()
+    pair.hearts[0]._thread.join(60)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    assert pair.exits[0] == [128 + signal.SIGTERM]
 
 
 def test_the_command_line_reports_through_every_heart(two: Any) -> None:
