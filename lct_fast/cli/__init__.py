@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     from lct_fast.cli import bench, evaluate, export, info, processes, report, train
     from lct_fast.cli.config import ConfigError
-    from lct_fast.engine import OutOfMemoryError, PeerError, ReplicaError
+    from lct_fast.engine import OutOfMemoryError, PeerError, ReplicaError, heartbeat
     from lct_fast.ops import BackendError
 
     parser = argparse.ArgumentParser(
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, OutOfMemoryError, PeerError, ReplicaError, BackendError) as error:
+        heartbeat.report(error)
         if os.environ.get("LCT_TRACEBACK") == "1":
             raise
         # What is wrong with the options is wrong in every process; one says it.

@@ -147,6 +147,8 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         checksum=config.checksum,
         **_pace(config, steps),
         replicas=config.replicas,
+        start_timeout=config.start_timeout,
+        step_timeout=config.step_timeout,
     )
 
 

@@ -92,6 +92,12 @@ class Config:
     seed: int = _option(0, "seed of weights, order and augmentation")
     checkpoint_every: int | None = _option(None, "batches between checkpoints; default: once an epoch")
     log_every: int = _option(20, "batches between lines of metrics.jsonl")
+    start_timeout: float = _option(
+        600.0, "seconds a process may take to start and for its first batch, before all end (over processes)"
+    )
+    step_timeout: float = _option(
+        60.0, "seconds a process's training loop may stand still later; more than its longest step"
+    )
 
 
 # What fits a data set when the user doesn't say; the rest are for 32x32 and larger images.
@@ -159,7 +165,7 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     for key in ("limit", "steps", "threads", "checkpoint_every", "reuse_limit"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise ConfigError(f"{key}: expected a number >= 1, got {getattr(config, key)}")
-    for key in ("lr", "critic_lr"):
+    for key in ("lr", "critic_lr", "start_timeout", "step_timeout"):
         if not 0 < getattr(config, key) < float("inf"):
             raise ConfigError(f"{key}: expected a positive number, got {getattr(config, key)}")
     for key in ("feedback_delay", "weight_decay", "momentum", "seed"):

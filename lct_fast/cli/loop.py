@@ -42,7 +42,7 @@ def run_here(
             if ends:
                 recorder.epoch(_result(trainer, test))
             if saves:
-                checkpoint.save(trainer, checkpoints, recorder.position())
+                checkpoint.save(trainer, checkpoints, recorder.position(), wait=False)
                 recorder.restart_clock()
             if over:
                 break
@@ -60,7 +60,7 @@ def drive(
     share = partial(part, replica=trainer.replica, replicas=trainer.replicas)
 
     def save() -> None:
-        checkpoint.save(trainer, checkpoints)
+        checkpoint.save(trainer, checkpoints, wait=False)
         trainer.mark(_CHECKPOINT)
 
     while not _over(trainer, recorder):
@@ -94,7 +94,7 @@ def follow(trainer: Trainer, recorder: Recorder, checkpoints: Path) -> Final | N
             if event.code == _FLUSHED:
                 flushed = True
             else:
-                checkpoint.save(trainer, checkpoints, recorder.position())
+                checkpoint.save(trainer, checkpoints, recorder.position(), wait=False)
                 recorder.restart_clock()
         elif isinstance(event, Stats):
             if trainer.reports:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import time
+import uuid
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from lct_fast.cli.config import Config, ConfigError
+from lct_fast.engine import PeerError
+from lct_fast.engine.errors import first_line
+
+# This attempt's part of the rendezvous store, once the processes have met.
+_store: Store | None = None
 
 
 def count() -> int:
@@ -55,8 +64,61 @@ def check(config: Config) -> None:
         )
 
 
-def join(devices: list[torch.device]) -> torch.device:
-    """Joins the other processes, and returns the device of this one."""
+def restarted() -> bool:
+    """Whether torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def meet(start_timeout: float) -> bool:
+    """Finds the other processes of this attempt in the rendezvous store; whether any of them was ``restarted``.
+
+    torchrun keeps one store for all attempts, in which addresses of dead processes would be found; and on a machine
+    on which nothing failed the count of restarts stays. So rank 0 names the attempt, to those who ask it now.
+
+    Raises:
+        PeerError: not all were there within ``start_timeout`` seconds.
+    """
+    global _store
+    if count() == 1:
+        return restarted()
+    timeout = timedelta(seconds=start_timeout)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        name = _answer(store, size, start_timeout) if rank == 0 else _ask(store, rank)
+        _store = PrefixStore(name, store)
+        _store.set(f"restarted/{rank}", str(int(restarted())))
+        return any(int(_store.get(f"restarted/{r}")) for r in range(size))
+    except RuntimeError as error:
+        raise PeerError(
+            f"not all {count()} processes met within start_timeout, {start_timeout:g} s ({first_line(error)})"
+        ) from None
+
+
+def _ask(store: Store, rank: int) -> str:
+    question = uuid.uuid4().hex
+    store.set(f"lct_fast/question/{rank}", question)
+    name = store.get(f"lct_fast/answer/{question}").decode()
+    store.set(f"{name}/heard/{rank}", "1")
+    return name
+
+
+def _answer(store: Store, size: int, timeout: float) -> str:
+    """Answers until every rank has heard it: a question may be one that a dead process has left."""
+    name = f"lct_fast/attempt/{uuid.uuid4().hex}"
+    deadline = time.monotonic() + timeout
+    while missing := [r for r in range(1, size) if not store.check([f"{name}/heard/{r}"])]:
+        for rank in missing:
+            if store.check([f"lct_fast/question/{rank}"]):
+                store.set(f"lct_fast/answer/{store.get(f'lct_fast/question/{rank}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {missing} are missing")
+        time.sleep(0.05)
+    return name
+
+
+def join(devices: list[torch.device], start_timeout: float) -> torch.device:
+    """Joins the other processes, within ``start_timeout`` seconds, and returns the device of this one."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = devices[local % len(devices)]
     if device.type == "cuda":
@@ -68,7 +130,9 @@ def join(devices: list[torch.device]) -> torch.device:
                 )
             device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    rank, timeout = int(os.environ["RANK"]), timedelta(seconds=start_timeout)
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=count(), timeout=timeout)
     return device
 
 
@@ -77,7 +141,12 @@ def from_first(value: Any) -> Any:
     if count() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    try:
+        dist.broadcast_object_list(box, src=0)
+    except RuntimeError as error:
+        raise PeerError(
+            f"a process ended or did not answer during the start ({first_line(error)}): see its own error"
+        ) from None
     return box[0]
 
 

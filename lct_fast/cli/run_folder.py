@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lct_fast.cli.config import Config, ConfigError, read_yaml, resolve, write_yaml
+from lct_fast.engine.trainer import PIPELINED_DELAY
 from lct_fast.report import tensorboard
+
+# Options that may change when a run goes on: they change no bit of it.
+_FREE = {"schedule", "start_timeout", "step_timeout"}
+
+
+# Seconds in which the processes of a run whose launcher was killed end on their own.
+_PATIENCE = 10.0
 
 
 class RunFolder:
@@ -21,6 +34,51 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self._writer: Any = None
+        self._lock: Any = None
+
+    def lock(self, patience: float | None = None) -> None:
+        """Keeps other runs from writing here until ``unlock`` or the end of this process.
+
+        A lock of the operating system on a file: between machines it holds as far as the file system passes it on.
+
+        Args:
+            patience: seconds to wait for a run that is ending; default 10.
+
+        Raises:
+            ConfigError: another run writes here; names its process.
+        """
+        try:
+            self._lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise ConfigError(f"cannot write the run folder {self.path}: {error.strerror}") from None
+        deadline = time.monotonic() + (_PATIENCE if patience is None else patience)
+        while not self._try_lock():
+            if time.monotonic() >= deadline:
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "another process"
+                raise ConfigError(
+                    f"{self.path} is being written by {holder}: end it first, or choose another --out"
+                )
+            time.sleep(0.1)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # A file system that knows no locks.
+            return True
+        return True
+
+    def unlock(self) -> None:
+        """Lets other runs write here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def create(self, config: Config) -> None:
         """A new run; refuses a folder that already holds one."""
@@ -30,6 +88,7 @@ class RunFolder:
             )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock(patience=0.0)
             write_yaml(config, self.path / "config.yaml")
             self.metrics.write_text("")
         except OSError as error:
@@ -45,7 +104,17 @@ class RunFolder:
             raise ConfigError(f"cannot write the run folder {self.path}: Permission denied")
         stored = resolve(read_yaml(self.path / "config.yaml"))
         wanted = resolve(given)
-        for key in given:
+        # How a run is spread over processes is no part of what it computes.
+        for key in given.keys() & _FREE:
+            setattr(stored, key, getattr(wanted, key))
+        if stored.schedule == "pipelined" and stored.feedback_delay < 1:
+            if stored.method == "local-critic":
+                raise ConfigError(
+                    f"--resume: this run has --feedback-delay 0, and --schedule pipelined needs 1 or more: go on with "
+                    f"--schedule lockstep, or start a new run with --feedback-delay {PIPELINED_DELAY}"
+                )
+            stored.feedback_delay = PIPELINED_DELAY
+        for key in given.keys() - _FREE:
             # "auto" stands for what was chosen when the run began.
             if key == "codec" and "auto" in wanted.codec:
                 continue
@@ -77,7 +146,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one record to metrics.jsonl (and TensorBoard, if installed)."""
-        with self.metrics.open("a") as file:
+        with _named(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(_finite(record)) + "\n")
         if self._writer is not None:
             tensorboard.log(self._writer, record)
@@ -85,13 +154,23 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all."""
         partial = self.path / ".summary.json"
-        partial.write_text(json.dumps(_finite(summary), indent=2) + "\n")
-        os.replace(partial, self.summary)
+        with _named(self.summary):
+            partial.write_text(json.dumps(_finite(summary), indent=2) + "\n")
+            os.replace(partial, self.summary)
 
     def close(self) -> None:
         """Flushes what is still in memory."""
         if self._writer is not None:
             self._writer.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error while a file is written says which."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ def run(args: argparse.Namespace) -> int:
     fresh = resolve(options)
     out = args.out or Path("runs") / f"{fresh.data.partition(':')[0]}-{fresh.method}-seed{fresh.seed}"
     folder = RunFolder(out)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = processes.meet(fresh.start_timeout)
     resume = args.resume or (restarted and (out / "config.yaml").exists())
     config = folder.reopen(options) if resume else fresh
     processes.check(config)
-    summary = train(config, folder, resume=resume, quiet=args.json)
+    try:
+        summary = train(config, folder, resume=resume, quiet=args.json)
+    finally:
+        folder.unlock()
     if summary is None:
         return 0
     if args.json:
@@ -69,10 +73,15 @@ def train(
     devices = build.set_up(config)
     several = processes.count() > 1
     if several:
-        devices = [processes.join(devices)]
+        devices = [processes.join(devices, config.start_timeout)]
     images = build.load_data(config) if processes.reads_data(config) else None
     facts = processes.from_first(build.facts(config, images) if images else None)
-    found = processes.from_first(checkpoint.latest(folder.checkpoints) if resume else None)
+    found = None
+    if resume and processes.is_first():
+        folder.lock()
+        found = checkpoint.whole(folder.checkpoints, _warn)
+        checkpoint.sweep(folder.checkpoints)
+    found = processes.from_first(found)
     groups, config.split = build.build_groups(config, facts, devices[0], processes.from_first)
     per_epoch = facts.train_images // config.batch_size
     steps = build.total_steps(config, per_epoch)
@@ -104,6 +113,12 @@ def train(
             test = build.test_batches(config, images, devices[0])
             run = loop.drive if several else loop.run_here
             result = run(config, trainer, recorder, batches, test, folder.checkpoints)
+    except BaseException:
+        if not several:
+            # What was begun needs nobody else to be completed.
+            with suppress(checkpoint.CheckpointError):
+                trainer.finish_saving()
+        raise
     finally:
         folder.close()
     meter, offsets = trainer.gather_meter()
@@ -115,6 +130,10 @@ def train(
     plot_curves(folder.path, folder.path / "curves.png")
     folder.write_summary(summary)
     return summary
+
+
+def _warn(line: str) -> None:
+    print(f"lct-fast train: {line}", file=sys.stderr, flush=True)
 
 
 def _print_map(trainer: Trainer) -> None:

@@ -67,7 +67,7 @@ class AsyncStage(Stage):
         inbox, group, meter = self.inbox, self.group, self.worker.meter
         assert inbox is not None, "the first group's process drives; it has no stream to follow"
         # Not before: until here a checkpoint may be loaded.
-        intake = Intake(inbox, self._keep, group.take)
+        intake = Intake(inbox, self._keep, group.take, self.ranks.heart.wait)
         intake.start()
         while True:
             finished = self.finished
@@ -99,6 +99,7 @@ class AsyncStage(Stage):
             sent = self._send(batch, h, target, group.losses)
 
         group.work(h, target, None if self._behind_finished else send)
+        self.ranks.heart.done(batch)
         self.worker.meter.end()
         return sent
 

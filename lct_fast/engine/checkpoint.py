@@ -10,12 +10,17 @@ these files, and every other one what differs in it, as group-1-replica-1.safete
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,8 @@ from lct_fast.engine.worker import Pending, Worker
 from lct_fast.methods import Slot
 
 FORMAT = 3
+# Seconds between two looks for what other processes write.
+_POLL = 0.02
 _COUNTERS = (
     *("samples", "wire_bytes", "raw_bytes", "feedback_bytes"),
     *("serial_steps", "serial_seconds", "serial_bytes"),
@@ -46,38 +53,73 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(trainer: Trainer, folder: Path, extra: dict[str, Any] | None = None, keep: int = 2) -> Path:
+def whole(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in ``folder`` all of whose hashes are right; ``tell`` gets a line on each newer one.
+
+    None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
+        try:
+            _verify(path)
+        except CheckpointError as error:
+            tell(f"{error}; {path.name} is passed over")
+            continue
+        return path
+    if found:
+        raise CheckpointError(f"{folder} holds no whole checkpoint: start again, in another run folder")
+    return None
+
+
+def sweep(folder: Path) -> None:
+    """Removes what interrupted writes have left. For when nobody writes there: the start of a run."""
+    for left in folder.glob(".partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def save(
+    trainer: Trainer, folder: Path, extra: dict[str, Any] | None = None, keep: int = 2, wait: bool = True
+) -> Path:
     """Writes the state of ``trainer`` as ``folder/step-N``; older ones beyond ``keep`` go.
 
     A crash or a full disk on the way leaves earlier checkpoints whole. Over processes each calls it at the same mark
-    of the stream, with one folder on a shared file system: the first group's process begins the checkpoint, the last
-    group's completes it, with its ``extra`` (JSON); replica 0's, where there are several.
+    of the stream, with one folder on a shared file system; the last group's process, of replica 0 where there are
+    several, with its ``extra`` (JSON), completes the checkpoint when all have written.
+
+    Args:
+        wait: False to return once the state is copied to host memory. It is written meanwhile, one checkpoint at a
+            time; errors come from the next ``step`` or event, from the next ``save``, or from
+            ``trainer.finish_saving()``, which waits.
 
     Raises:
+        CheckpointError: it cannot be written; earlier ones are whole.
         ReplicaError: replicas hold different weights or codebooks.
     """
     trainer.settle()
+    _tell_heart(trainer, folder)
+    if trainer.first and trainer.replica == 0 and trainer.saves == 0:
+        # The others begin only after the mark that follows.
+        sweep(folder)
+    trainer.saves += 1
     final = folder / f"step-{trainer.batch:08d}"
-    partial = folder / f".partial-{final.name}"
-    try:
-        if trainer.first and trainer.replica == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        for worker in trainer.workers:
-            worker.compare_codebooks()
-            # All replicas of the first group get past this when the folder is there,
-            worker.compare_weights()
-            _write_group(worker, partial)
-            # and the mark goes on to the next group when all have written.
-            worker.replicas.wait()
-        if trainer.reports:
-            _complete(trainer, partial, final, extra or {})
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    # The number tells apart two of the same batch, of which the first may still be incomplete.
+    unfinished = folder / f".partial-{trainer.saves}-{final.name}"
+    for worker in trainer.workers:
+        # Replicas meet here, and so begin to write only when replica 0 has swept.
+        worker.compare_codebooks()
+        worker.compare_weights()
+    snapshots = [(_stem(w.index, w.replicas.index), *_snapshot(w)) for w in trainer.workers]
+    complete = None
     if trainer.reports:
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        rng, manifest = _random_states(), _manifest(trainer, extra or {})
+        complete = partial(_complete, unfinished, final, rng, manifest, keep, trainer.patience)
+    alone = trainer.first and trainer.last
+    trainer.writer.submit(partial(_write, unfinished, final, snapshots, complete, alone))
+    if wait:
+        trainer.writer.finish()
     return final
 
 
@@ -94,6 +136,12 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     if manifest["method"] != trainer.method.name:
         raise CheckpointError(
             f"{path} was made by method {manifest['method']!r}, this run uses {trainer.method.name!r}"
+        )
+    delay = trainer.settings.feedback_delay
+    if trainer.method.uses_feedback and manifest.get("feedback_delay", delay) != delay:
+        raise CheckpointError(
+            f"{path} was made with feedback_delay {manifest['feedback_delay']}, this run has {delay}: a critic would "
+            f"learn from some batches twice or never; use the same --feedback-delay"
         )
     found, expected = manifest["units"], [g.units for g in trainer.groups]
     if found != expected:
@@ -128,6 +176,7 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
                     raise CheckpointError(f"{path} lacks the feedback of batch {pending.batch}")
                 pending.next_loss = owed[pending.batch].to(worker.device)
     trainer.batch = manifest["batch"]
+    _tell_heart(trainer, path.parent)
     _restore_random_states(rng)
     return manifest["extra"]
 
@@ -151,37 +200,113 @@ def _stem(index: int, replica: int) -> str:
     return f"group-{index + 1}-replica-{replica}" if replica else f"group-{index + 1}"
 
 
-def _write_group(worker: Worker, folder: Path) -> None:
-    """group-k.safetensors, then group-k.json with its hash; of a replica but the first what is its own."""
-    tensors, description = _pack_worker(worker)
-    file = folder / f"{_stem(worker.index, worker.replicas.index)}.safetensors"
+def _tell_heart(trainer: Trainer, folder: Path) -> None:
+    """Errors that end a run over processes name its last good checkpoint."""
+    if trainer.ranks is not None:
+        trainer.ranks.heart.newest = partial(latest, folder)
+
+
+def _write(
+    unfinished: Path,
+    final: Path,
+    snapshots: list[tuple[str, dict[str, Tensor], dict[str, Any]]],
+    complete: Callable[[], None] | None,
+    alone: bool,
+) -> None:
+    """The groups of this process, and all the rest in the process of the last one; in the writer's thread."""
+    files: list[Path] = []
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for stem, tensors, description in snapshots:
+            file = unfinished / f"{stem}.safetensors"
+            files += [file, file.with_suffix(".json"), file.with_suffix(".tmp")]
+            _write_group(file, tensors, description)
+        if complete is not None:
+            complete()
+    except BaseException as error:
+        if alone:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for file in files:
+            # Makes room on a full disk. The folder stays while others may write there; the next run removes it.
+            with suppress(OSError):
+                file.unlink()
+        if not isinstance(error, OSError | SafetensorError | CheckpointError):
+            raise
+        raise CheckpointError(_unwritten(final, error)) from None
+
+
+def _unwritten(final: Path, error: BaseException) -> str:
+    """What to say of a checkpoint that could not be written."""
+    why = str(error)
+    if isinstance(error, OSError):
+        why = error.strerror or why
+    elif "StorageFull" in why or "code: 28" in why:
+        why = os.strerror(errno.ENOSPC)
+    previous = latest(final.parent)
+    left = f"the previous one, {previous}, is whole" if previous else "there is no earlier one"
+    return f"checkpoint {final} could not be written ({why}): {left}; make room, then go on with --resume"
+
+
+def _write_group(file: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """group-k.safetensors, then group-k.json with its hash: it appears when the group is written."""
     save_file(tensors, file)
     _sync(file)
-    text = file.with_suffix(".json")
-    text.write_text(json.dumps(description | {"sha256": _sha256(file)}))
-    _sync(text)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(description | {"sha256": _sha256(file)}))
+    _sync(temporary)
+    os.replace(temporary, file.with_suffix(".json"))
 
 
-def _complete(trainer: Trainer, partial: Path, final: Path, extra: dict[str, Any]) -> None:
-    save_file(_random_states(), partial / "rng.safetensors")
-    _sync(partial / "rng.safetensors")
-    named = [*files(len(trainer.groups), trainer.replicas), "rng.safetensors"]
-    manifest = {
+def _manifest(trainer: Trainer, extra: dict[str, Any]) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "batch": trainer.batch,
         "method": trainer.method.name,
+        "feedback_delay": trainer.settings.feedback_delay,
         "replicas": trainer.replicas,
         "units": [g.units for g in trainer.groups],
         "extra": extra,
-        "sha256": {name: _sha256(partial / name) for name in named},
     }
-    (partial / "manifest.json").write_text(json.dumps(manifest))
-    for path in (partial / "manifest.json", partial):
+
+
+def _complete(
+    unfinished: Path,
+    final: Path,
+    rng: dict[str, Tensor],
+    manifest: dict[str, Any],
+    keep: int,
+    patience: float,
+) -> None:
+    """Once every group is written: the manifest, and the name that makes the checkpoint exist."""
+    save_file(rng, unfinished / "rng.safetensors")
+    _sync(unfinished / "rng.safetensors")
+    groups = [unfinished / name for name in files(len(manifest["units"]), manifest["replicas"])]
+    _wait_for(groups, patience)
+    named = [*groups, unfinished / "rng.safetensors"]
+    manifest = manifest | {"sha256": {file.name: _sha256(file) for file in named}}
+    (unfinished / "manifest.json").write_text(json.dumps(manifest))
+    for path in (unfinished / "manifest.json", unfinished):
         _sync(path)
     if final.exists():
         shutil.rmtree(final)
-    os.replace(partial, final)
+    os.replace(unfinished, final)
     _sync(final.parent)
+    for old in sorted(final.parent.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def _wait_for(files: list[Path], patience: float) -> None:
+    """Until all are there: other processes write them at their own time."""
+    deadline = time.monotonic() + patience
+    while missing := [f for f in files if not f.exists()]:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{missing[0].name} of another process was not there after {patience:.0f} s"
+            )
+        # A process that ends by an error must not stay for this.
+        if not threading.main_thread().is_alive():
+            raise CheckpointError(f"{missing[0].name} of another process was not there at the end")
+        time.sleep(_POLL)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -201,6 +326,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(f"{file}: expected checkpoint format {FORMAT}, got {got}")
     return manifest
+
+
+def _verify(path: Path) -> None:
+    """Raises CheckpointError unless every file's hash is the one noted."""
+    manifest = read_manifest(path)
+    for name, sha256 in manifest["sha256"].items():
+        _check_hash(path / name, sha256)
+    for name in files(len(manifest["units"]), manifest["replicas"]):
+        description = json.loads((path / name).read_text())
+        _check_hash((path / name).with_suffix(".safetensors"), description["sha256"])
 
 
 def _read(path: Path, name: str, sha256: str | None) -> dict[str, Tensor]:
@@ -282,12 +417,27 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+def _snapshot(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a group in host memory, where no later step changes it."""
+    tensors, description = _pack_worker(worker)
+    copies = {
+        n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t.detach(), non_blocking=True)
+        for n, t in tensors.items()
+    }
+    for device in {t.device for t in tensors.values() if t.is_cuda}:
+        # All copies are on their way at once; the next step may write over what they read.
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        event.synchronize()
+    return copies, description
+
+
 def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Copies of a group's state; what all replicas share is replica 0's to keep."""
     tensors, description = _pack_own(worker)
     if worker.replicas.index == 0:
         _pack_shared(worker, tensors, description)
-    return {n: t.detach().contiguous().clone() for n, t in tensors.items()}, description
+    return tensors, description
 
 
 def _pack_shared(worker: Worker, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from lct_fast.engine.link import Inbox
+from lct_fast.engine.link import TURN, Inbox
 from lct_fast.engine.packet import Kind, Packet
 from lct_fast.engine.replay import ReplaySlot
 
@@ -21,12 +21,17 @@ class Intake:
         inbox: the link's end.
         keep: writes a batch into the buffer; it copies what it needs.
         take: a slot of the buffer, or None.
+        waits: told again and again while the group waits, for what.
     """
 
     def __init__(
-        self, inbox: Inbox, keep: Callable[[Packet], None], take: Callable[[], ReplaySlot | None]
+        self,
+        inbox: Inbox,
+        keep: Callable[[Packet], None],
+        take: Callable[[], ReplaySlot | None],
+        waits: Callable[[str], None],
     ) -> None:
-        self._inbox, self._keep, self._take = inbox, keep, take
+        self._inbox, self._keep, self._take, self._waits = inbox, keep, take, waits
         self._changed = threading.Condition()
         self._control: Packet | None = None
         self._error: BaseException | None = None
@@ -34,6 +39,7 @@ class Intake:
 
     def start(self) -> None:
         """From here on packets are taken off the link."""
+        self._inbox.in_loop = False
         self._thread.start()
 
     def next(self, works: bool) -> Packet | ReplaySlot:
@@ -54,7 +60,8 @@ class Intake:
                 slot = self._take() if works else None
                 if slot is not None:
                     return slot
-                self._changed.wait()
+                self._changed.wait(TURN)
+                self._waits("a batch of the group before")
 
     def met(self) -> None:
         """The group has done what the packet asked; the next may come."""

@@ -20,8 +20,12 @@ from torch import Tensor
 
 from lct_fast.engine import packet as wire
 from lct_fast.engine.errors import PeerError, first_line
+from lct_fast.engine.heartbeat import Heartbeat
 from lct_fast.engine.meter import Event, GroupMeter
 from lct_fast.engine.packet import Kind, Packet
+
+# Seconds after which who waits says so.
+TURN = 0.1
 
 
 class Transport(Protocol):
@@ -60,6 +64,8 @@ class _End(ABC):
         peer: who is there, for errors.
         ahead: seconds this process's clock is ahead of the first group's.
         checksum: whether bodies sent from here carry a sum for the consumer to check.
+        heart: told of waits and of a broken link; None where nobody watches.
+        peer_rank: the peer's, for ``heart``.
     """
 
     transport: Transport
@@ -70,6 +76,10 @@ class _End(ABC):
     peer: str
     ahead: float = 0.0
     checksum: bool = True
+    heart: Heartbeat | None = None
+    peer_rank: int = 0
+    # Whether the training loop itself waits here; a thread that does it instead says nothing of the loop.
+    in_loop: bool = field(default=True, init=False)
     error: BaseException | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +98,8 @@ class _End(ABC):
                 self._loop()
         except BaseException as error:
             self.error = error
+            if self.heart is not None and isinstance(error, RuntimeError):
+                self.heart.lost(self.peer_rank, error)
             # Wake whoever waits.
             self.free.put(None)
             self.full.put(None)
@@ -121,7 +133,30 @@ class _End(ABC):
         if cause is not None and not isinstance(cause, RuntimeError):
             raise cause
         why = first_line(cause) if cause is not None else "the link is closed"
-        return PeerError(f"lost {self.peer} ({why}): see its own error, then go on from the last checkpoint")
+        lost = f"lost {self.peer} ({why}): see its own error, then go on from the last checkpoint"
+        return PeerError(lost) if self.heart is None else self.heart.verdict(lost)
+
+    def _take(self, source: queue.SimpleQueue[Any], what: str) -> Any:
+        """The next of ``source``; the wait for it is told."""
+        while True:
+            try:
+                item = source.get(timeout=TURN)
+            except queue.Empty:
+                self._turn(what)
+                continue
+            if self.heart is not None and self.in_loop:
+                self.heart.beat()
+            return item
+
+    def _turn(self, what: str) -> None:
+        if self.heart is not None and self.in_loop:
+            self.heart.wait(what)
+
+    def _join(self) -> None:
+        """The end of the thread."""
+        while self.thread.is_alive():
+            self.thread.join(TURN)
+            self._turn(f"the end of '{self.row}' with {self.peer}")
 
     def _trace(self, name: str, start: float, batch: int) -> None:
         self.meter.trace(Event(self.row, name, start, time.perf_counter(), batch))
@@ -139,7 +174,7 @@ class Outbox(_End):
             PeerError: the peer has gone.
         """
         with self.meter.span("wait for room"):
-            slot = self.free.get()
+            slot = self._take(self.free, f"room towards {self.peer}")
         if slot is None:
             self.free.put(None)
             raise self._fail()
@@ -155,7 +190,7 @@ class Outbox(_End):
     def close(self) -> None:
         """Waits until all is sent and ends the thread."""
         self.full.put(None)
-        self.thread.join()
+        self._join()
         if self.error is not None:
             raise self._fail()
 
@@ -180,7 +215,7 @@ class Inbox(_End):
         Raises:
             PeerError: the peer has gone. PacketError: what came is no packet.
         """
-        item = self.full.get()
+        item = self._take(self.full, f"{self.row.replace('receive', 'a packet', 1)} from {self.peer}")
         if item is None:
             self.full.put(None)
             raise self._fail()
@@ -200,7 +235,7 @@ class Inbox(_End):
 
     def close(self) -> None:
         """Ends the thread; for after the packet that said STOP."""
-        self.thread.join()
+        self._join()
 
     def _loop(self) -> None:
         kind = Kind.TRAIN

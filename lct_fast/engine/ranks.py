@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from lct_fast.engine import heartbeat
+from lct_fast.engine.heartbeat import Heartbeat
 from lct_fast.engine.replicas import Replicas
 
+# A link may be idle for as long as it likes, in a long evaluation for example: the heartbeat ends what must end.
+_IDLE = timedelta(days=30)
 # Rounds of the clock comparison between machines; the one with the shortest way counts.
 _ROUNDS = 8
 
@@ -59,10 +65,11 @@ class Ranks:
         base: global rank of the pipeline's first process; the global rank of any other is ``base`` + its rank.
         forward, backward: process groups of the pipeline, one a direction (NCCL on CUDA, gloo on CPU).
         control: gloo, of the pipeline, for headers.
-        world: gloo, of all processes, for what Python objects are exchanged.
+        world: gloo, of all processes, for what they do together before and behind the stream.
         replicas: the processes that train the same group.
         ahead: seconds this process's clock is ahead of that of the pipeline's first process.
         places: per rank of the pipeline "host, device, process id". everywhere: the same, per global rank.
+        heart: this process's beats, and its watch over those of all others.
     """
 
     rank: int
@@ -76,15 +83,23 @@ class Ranks:
     ahead: float
     places: list[str]
     everywhere: list[str]
+    heart: Heartbeat
 
     @staticmethod
-    def join(units: Sequence[Sequence[str]], device: torch.device, replicas: int = 1) -> Ranks:
+    def join(
+        units: Sequence[Sequence[str]],
+        device: torch.device,
+        replicas: int = 1,
+        start_timeout: float = 600.0,
+        step_timeout: float = 60.0,
+    ) -> Ranks:
         """Agrees on groups and clocks with all other ranks; every rank calls it at the same point.
 
         Args:
             units: names of the modules in each group, which must be the same on every rank.
             device: this rank's.
             replicas: number of pipelines.
+            start_timeout, step_timeout: seconds, see ``Trainer``.
 
         Raises:
             ValueError: as many ranks as groups in all replicas are needed, or the ranks cut the model differently.
@@ -106,7 +121,7 @@ class Ranks:
         )
         pipelines, columns = mesh.mesh.tolist(), mesh.mesh.t().tolist()
         forward, backward, control, same_group = (
-            dist.new_subgroups_by_enumeration(members, backend=kind)[0]
+            dist.new_subgroups_by_enumeration(members, timeout=_IDLE, backend=kind)[0]
             for members, kind in (
                 (pipelines, backend),
                 (pipelines, backend),
@@ -114,11 +129,12 @@ class Ranks:
                 (columns, "gloo"),
             )
         )
-        world = dist.new_group(backend="gloo")
+        world = dist.new_group(timeout=timedelta(seconds=start_timeout), backend="gloo")
         replica, k = divmod(rank, count)
         partners = Replicas(replica, columns[k], mesh.get_group("replica"), same_group)
-        mine = (socket.gethostname(), str(device), os.getpid(), [list(u) for u in units])
-        everyone: list[tuple[str, str, int, list[list[str]]]] = [mine] * size
+        run = uuid.uuid4().hex
+        mine = (socket.gethostname(), str(device), os.getpid(), [list(u) for u in units], run)
+        everyone: list[tuple[str, str, int, list[list[str]], str]] = [mine] * size
         dist.all_gather_object(everyone, mine, group=world)
         for other, theirs in enumerate(everyone):
             if theirs[3] != everyone[0][3]:
@@ -128,8 +144,12 @@ class Ranks:
                 )
         pipeline = pipelines[replica]
         hosts = [everyone[r][0] for r in pipeline]
-        places = [f"{host}, {where}, process {pid}" for host, where, pid, _ in everyone]
+        places = [f"{host}, {where}, process {pid}" for host, where, pid, *_ in everyone]
         ahead = _clock_offset(rank, pipeline, control) if len(set(hosts)) > 1 else 0.0
+        # Rank 0's name for this run: keys of an earlier one, or of a restart, may still be in the store.
+        store = heartbeat.store_of(everyone[0][4], step_timeout)
+        heart = Heartbeat(store, rank, count, places, start_timeout, step_timeout)
+        partners.lost = heart.verdict
         return Ranks(
             k,
             count,
@@ -142,6 +162,7 @@ class Ranks:
             ahead,
             [places[r] for r in pipeline],
             places,
+            heart,
         )
 
 

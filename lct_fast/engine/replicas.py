@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -51,6 +51,8 @@ class Replicas:
     ) -> None:
         self.index, self.ranks = index, list(ranks)
         self.data, self.control = data, control
+        # Makes the error to raise where one of them has gone.
+        self.lost: Callable[[str], PeerError] = PeerError
         self._ddp: DistributedDataParallel | None = None
 
     @property
@@ -172,7 +174,7 @@ class Replicas:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             others = _named([r for r in self.ranks if r != self.ranks[self.index]])
-            raise PeerError(
+            raise self.lost(
                 f"lost a replica of this group, {others} ({first_line(error)}): see its own error, then go on from "
                 f"the last checkpoint"
             ) from None

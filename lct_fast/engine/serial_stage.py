@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lct_fast.engine.errors import PeerError, first_line
+from lct_fast.engine.errors import first_line
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.ranks import Ranks
 from lct_fast.engine.serial import Part, SerialLoss, check_finite, names_group
@@ -119,7 +119,7 @@ class SerialStage:
                 if isinstance(error.__cause__, RuntimeError):
                     raise error.__cause__ from None
                 if isinstance(error, dist.DistError) or "gloo" in str(error):
-                    raise PeerError(
+                    raise self.ranks.heart.verdict(
                         f"lost a process in the serial step of batch {batch} ({first_line(error)}): see its own "
                         f"error, then go on from the last checkpoint"
                     ) from None

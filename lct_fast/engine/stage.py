@@ -83,6 +83,8 @@ class Stage:
             "peer": f"the process of group {peer + 1} ({self.ranks.places[peer]})",
             "ahead": self.ranks.ahead,
             "checksum": self.worker.device.type == "cpu" if checksum is None else checksum,
+            "heart": self.ranks.heart,
+            "peer_rank": self.ranks.base + peer,
         }
 
     # What the first group's process does.
@@ -199,6 +201,7 @@ class Stage:
         worker.update(batch)
         self._take_feedback(batch - worker.settings.feedback_delay)
         worker.learn(batch)
+        self.ranks.heart.done(batch)
         self.batch += 1
         if self.batch % COMPARE_EVERY == 0:
             worker.compare_codebooks()
@@ -221,6 +224,7 @@ class Stage:
         self._take_feedback(batch - worker.settings.feedback_delay)
         worker.learn(batch)
         count_step(worker, batch, len(target), start)
+        self.ranks.heart.done(batch)
         self.batch += 1
         losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
         if loss is not None:
@@ -329,13 +333,16 @@ class Stage:
             if end is not None:
                 end.close()
         atexit.unregister(self._abandon)
+        self.ranks.heart.end()
 
-    @staticmethod
-    def _abandon() -> None:
+    def _abandon(self) -> None:
         """Ends a process whose stream has not ended: at once, as threads of links that wake up in an interpreter that
         is being taken down abort it (pthread_exit through C++ frames, up to Python 3.12)."""
-        if not hasattr(sys, "last_value"):
-            print("lct_fast: this process ends before trainer.stop()", file=sys.stderr)
+        error = getattr(sys, "last_value", None)
+        if error is None:
+            error = RuntimeError("this process ended before trainer.stop()")
+            print(f"lct_fast: {error}", file=sys.stderr)
+        self.ranks.heart.report(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

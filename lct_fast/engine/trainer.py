@@ -27,6 +27,7 @@ from lct_fast.engine.stage import DEPTH, Stage
 from lct_fast.engine.stats import Event, Stats
 from lct_fast.engine.ticks import Ticks
 from lct_fast.engine.worker import SchedulerFactory, Settings, Worker
+from lct_fast.engine.writer import Writer
 from lct_fast.methods import Greedy, Method, Objective
 from lct_fast.methods.method import OptimizerFactory
 from lct_fast.methods.objective import LossFunction
@@ -98,6 +99,10 @@ class Trainer:
             another one.
         replicas: pipelined over processes, R copies of the pipeline, each on its part of every batch: R x K processes
             (docs/replicas.md). The first group's process of each is given its own part, all of one size.
+        start_timeout: over processes, seconds that a process's training loop may stand still until its first batch is
+            done (compilation, loading, warm-up). Beyond that all processes end with an error that names it.
+        step_timeout: the same from the first batch on: more than the longest step, and than the longest pause between
+            two calls of ``step`` (``beat`` in longer ones).
 
     Attributes:
         wires: the codec's spec for each cut.
@@ -138,6 +143,8 @@ class Trainer:
         slow_group: int | None = None,
         slow_down: float = 1.0,
         replicas: int = 1,
+        start_timeout: float = 600.0,
+        step_timeout: float = 60.0,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -187,6 +194,10 @@ class Trainer:
                 f"replicas={replicas} takes the pipelined schedule, without serial steps, over {replicas} processes a "
                 f"group: start with torchrun, initialise torch.distributed and give schedule='pipelined'"
             )
+
+        for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
         self.method = method
         self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
@@ -218,7 +229,8 @@ class Trainer:
                 raise ValueError(
                     "slow_down simulates a slow group in one process: over processes leave it out"
                 )
-            self.ranks = Ranks.join([g.units for g in self.groups], places[0], replicas)
+            units = [g.units for g in self.groups]
+            self.ranks = Ranks.join(units, places[0], replicas, start_timeout, step_timeout)
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         self.workers = [
             Worker(
@@ -252,6 +264,8 @@ class Trainer:
         self.replicas = replicas
         self.reports = self.last and self.replica == 0
         self.meter = Meter([w.meter for w in self.workers])
+        # Of checkpoints: who writes them, how many were begun, and how long one waits for the other processes' part.
+        self.writer, self.saves, self.patience = Writer(self._wait_for_writer), 0, start_timeout
 
     @property
     def batch(self) -> int:
@@ -281,11 +295,13 @@ class Trainer:
             NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated.
             OutOfMemoryError: names the group.
             PeerError: another group's process has gone.
+            CheckpointError: one begun earlier could not be written.
         """
         if not self.first:
             raise RuntimeError(
                 "step belongs to the first group's process: follow it with `for event in events()`"
             )
+        self.writer.check()
         check_batch(x, y, self.batch, self.num_classes, self.objective)
         if self.hybrid is not None:
             self.hybrid.check_rows(len(x))
@@ -308,11 +324,34 @@ class Trainer:
             )
         before = time.perf_counter()
         for event in stage.events():
+            self.writer.check()
             yield event
             if isinstance(event, Stats):
                 now = time.perf_counter()
                 self.meter.step_seconds.append(now - before)
                 before = now
+        self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Waits until a checkpoint that was begun is written. Over processes ``stop`` and the end of ``events`` do.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.writer.finish()
+
+    def _wait_for_writer(self) -> None:
+        if self.ranks is not None:
+            self.ranks.heart.wait("its checkpoint to be written")
+
+    def beat(self) -> None:
+        """Over processes: says that this process's training loop is alive, in a pause longer than ``step_timeout``.
+
+        Raises:
+            PeerError: another group's process has gone.
+        """
+        if self.ranks is not None:
+            self.ranks.heart.beat()
 
     def drain(self) -> list[Stats]:
         """Pipelined in one process: lets every group catch up with the first; what that finished. Changes no result."""
@@ -328,7 +367,8 @@ class Trainer:
             return self.meter, [0.0] * len(self.groups)
         mine = (self.workers[0].meter, self.meter.step_seconds, self.ranks.ahead)
         everyone: list[Any] = [None] * len(self.ranks.everywhere)
-        dist.all_gather_object(everyone, mine, group=self.ranks.world)
+        with self.ranks.heart.together():
+            dist.all_gather_object(everyone, mine, group=self.ranks.world)
         count = self.ranks.size
         pipeline = everyone[:count]
         for rank, (other, *_) in enumerate(everyone[count:]):
@@ -352,7 +392,9 @@ class Trainer:
 
     def stop(self) -> None:
         """Over processes: the end of the stream; ``events`` ends everywhere."""
-        self._stage("stop").stop()
+        stage = self._stage("stop")
+        self.finish_saving()
+        stage.stop()
 
     def set_learning_rate(self, rate: float) -> None:
         """The learning rate of every group's optimiser from the next batch on; critics keep theirs."""
@@ -411,7 +453,8 @@ class Trainer:
                 mine = owner == self.ranks.base + self.ranks.rank
                 for tensor in group.state_dict().values():
                     values = tensor.detach().cpu().contiguous()
-                    dist.broadcast(values, owner, group=self.ranks.world)
+                    with self.ranks.heart.together():
+                        dist.broadcast(values, owner, group=self.ranks.world)
                     if not mine:
                         tensor.copy_(values)
                 group.to(self.workers[0].device)

@@ -209,6 +209,8 @@ def test_refusals_are_one_line_with_status_2_and_leave_nothing(
         (["--device", "tpu"], "expected cpu, cuda or cuda:0,cuda:1, got 'tpu'"),
         (["--batch-size", "5000"], "batch_size 5000 is larger than the"),
         (["--lr", "-1"], "lr: expected a positive number, got -1.0"),
+        (["--step-timeout", "0"], "step_timeout: expected a positive number, got 0.0"),
+        (["--start-timeout", "inf"], "start_timeout: expected a positive number, got inf"),
         (["--epochs", "0"], "epochs: expected a number >= 1, got 0"),
         (["--resume"], "holds no run"),
     ]

@@ -122,7 +122,7 @@ def train_as_rank(case: Case, count: int, folder: Path) -> dict[str, Any]:
     if trainer.first:
         for x, y in batches[:MIDDLE]:
             trainer.step(x, y)
-        checkpoint.save(trainer, folder)
+        checkpoint.save(trainer, folder, wait=False)
         trainer.mark(MARK)
         trainer.evaluate(batches[:2])
         trainer.evaluate(batches[:2], coded=True)
@@ -135,7 +135,7 @@ def train_as_rank(case: Case, count: int, folder: Path) -> dict[str, Any]:
         for event in trainer.events():
             if isinstance(event, lct.Mark):
                 assert (event.code, event.batch) == (MARK, MIDDLE - 1)
-                checkpoint.save(trainer, folder, {"epoch": 3})
+                checkpoint.save(trainer, folder, {"epoch": 3}, wait=False)
             elif isinstance(event, lct.Stats):
                 losses.append(event.losses)
             else:

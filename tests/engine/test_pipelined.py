@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import lct_fast as lct
+from lct_fast.engine import heartbeat
 from lct_fast.engine.stage import DEPTH
 from lct_fast.engine.trainer import PIPELINED_DELAY
 from tests.engine import nets
@@ -138,7 +139,7 @@ def _resident() -> float:
 
 def test_a_lost_process_is_named_and_marks_of_misuse(threads: None) -> None:
     errors = run_processes(_lose_the_second, 2)
-    assert "lost the process of group 2" in errors[0] and "go on from the last checkpoint" in errors[0]
+    assert errors[0].startswith("rank 1 (group 2, ") and "there is no checkpoint yet" in errors[0]
 
 
 def _lose_the_second() -> str:
@@ -163,9 +164,66 @@ def _lose_the_second() -> str:
     return "nothing was noticed"
 
 
+def test_nan_in_one_group_is_what_all_report(threads: None) -> None:
+    first, second, third = run_processes(_spoil_the_second, 3)
+    assert second == (
+        "the loss of group 2 at batch 4 is NaN or Inf: the group was not updated; lower its learning rate and go on "
+        "from the last checkpoint"
+    )
+    for error in (first, third):
+        assert error.startswith("rank 1 (group 2, ") and f"ended by NonFiniteError: {second}" in error
+
+
+def _spoil_the_second() -> str:
+    calls = 0
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        value = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        return value * float("nan") if dist.get_rank() == 1 and calls == 5 else value
+
+    trainer = Case(lct.Greedy, options={"loss": loss}).trainer(3, "pipelined")
+    try:
+        if trainer.first:
+            for x, y in nets.batches(200):
+                trainer.step(x, y)
+        for _ in trainer.events() if not trainer.first else ():
+            pass
+    except (lct.PeerError, lct.NonFiniteError) as error:
+        heartbeat.report(error)
+        return str(error)
+    return "nothing was noticed"
+
+
+def test_a_loop_that_hangs_is_named_by_the_others_and_by_itself(threads: None) -> None:
+    first, second = run_processes(_hang_in_the_second, 2)
+    for error in (first, second):
+        assert error.startswith("rank 1 (group 2, ") and "in its training loop for" in error, error
+    assert "it is at threading.py:" in second
+
+
+def _hang_in_the_second() -> str:
+    trainer = Case(lct.Greedy, options={"step_timeout": 3.0}).trainer(2, "pipelined")
+    try:
+        if trainer.first:
+            for x, y in nets.batches(200):
+                trainer.step(x, y)
+        for event in trainer.events() if not trainer.first else ():
+            assert trainer.ranks is not None and isinstance(event, lct.Stats)
+            if event.batch == 3:
+                # Until its own watchdog has found it.
+                trainer.ranks.heart._settled.wait(100)
+    except lct.PeerError as error:
+        return str(error)
+    return "nothing was noticed"
+
+
 def test_refusals_name_the_cause(threads: None) -> None:
     for arguments, message in [
         ({"schedule": "serial"}, "schedule: expected one of lockstep, pipelined, async; got 'serial'"),
+        ({"step_timeout": 0.0}, "step_timeout: expected a positive number of seconds, got 0.0"),
+        ({"start_timeout": float("inf")}, "start_timeout: expected a positive number of seconds, got inf"),
         ({"schedule": "pipelined", "feedback_delay": 0}, "feedback_delay: expected an integer >= 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
