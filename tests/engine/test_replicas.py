@@ -19,6 +19,9 @@ from lct_fast.engine.replicas import part
 from tests.engine import nets
 from tests.engine.pipelined_cases import run_processes
 
+# Nearly all of them read what four processes trained.
+pytestmark = pytest.mark.slow
+
 GROUPS, REPLICAS, BATCHES, MIDDLE = 2, 2, 9, 5
 MARK = 1
 
@@ -437,7 +440,6 @@ def test_replicas_go_on_from_one_process(troubles: list[dict[str, Any]]) -> None
     assert not results[0]["fresh"] and results[2]["fresh"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "replicas"),
     [
