@@ -19,6 +19,9 @@ from lct_fast.engine.replicas import part
 from tests.engine import nets
 from tests.engine.pipelined_cases import run_processes
 
+# Nearly all of them read what four processes trained.
+pytestmark = pytest.mark.slow
+
 GROUPS, REPLICAS, BATCHES, MIDDLE = 2, 2, 9, 5
 MARK = 1
 
@@ -437,13 +440,13 @@ def test_replicas_go_on_from_one_process(troubles: list[dict[str, Any]]) -> None
     assert not results[0]["fresh"] and results[2]["fresh"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "device",
+    ("device", "replicas"),
     [
-        "cpu",
+        ("cpu", 3),
         pytest.param(
             "cuda",
+            2,
             marks=[
                 pytest.mark.cuda,
                 pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs, joined by NCCL"),
@@ -451,31 +454,32 @@ def test_replicas_go_on_from_one_process(troubles: list[dict[str, Any]]) -> None
         ),
     ],
 )
-def test_one_group_in_two_replicas_equals_the_whole_batch(device: str, threads: None) -> None:
+def test_replicas_of_one_group_equal_the_whole_batch(device: str, replicas: int, threads: None) -> None:
     """Plain data parallelism, over gloo or NCCL."""
-    case = EQUAL["greedy"]
-    groups = lct.split(
-        nets.rows_apart().to(device), example_input=torch.zeros(4, 1, 8, 8, device=device), split_points=[]
-    )
-    expected = lct.Trainer(groups, lct.Greedy())
-    losses = [expected.step(x, y).losses.cpu() for x, y in case.batches(case.rows)]
-    for result in run_processes(_one_group, REPLICAS, device):
+    expected = lct.Trainer(_one_group(torch.device(device)), lct.Greedy())
+    losses = [expected.step(x, y).losses.cpu() for x, y in _hard(12)]
+    for result in run_processes(_train_one_group, replicas, device):
         torch.testing.assert_close(result["losses"], torch.stack(losses), atol=1e-4, rtol=1e-4)
         for key, value in nets.state(expected).items():
             torch.testing.assert_close(result["weights"][key], value.cpu(), atol=1e-4, rtol=1e-3, msg=key)
 
 
-def _one_group(kind: str) -> dict[str, Any]:
-    device = torch.device(kind, dist.get_rank()) if kind == "cuda" else torch.device(kind)
+def _one_group(device: torch.device) -> list[lct.Group]:
+    example = torch.zeros(4, 1, 8, 8, device=device)
+    return lct.split(nets.rows_apart().to(device), example_input=example, split_points=[])
+
+
+def _train_one_group(kind: str) -> dict[str, Any]:
+    device, replicas = torch.device(kind), dist.get_world_size()
     if kind == "cuda":
+        device = torch.device(kind, dist.get_rank())
         torch.cuda.set_device(device)
-    groups = lct.split(
-        nets.rows_apart().to(device), example_input=torch.zeros(4, 1, 8, 8, device=device), split_points=[]
+    trainer = lct.Trainer(
+        _one_group(device), lct.Greedy(), schedule="pipelined", replicas=replicas, devices=[device]
     )
-    trainer = lct.Trainer(groups, lct.Greedy(), schedule="pipelined", replicas=REPLICAS, devices=[device])
     losses = []
-    for batch in EQUAL["greedy"].batches(16):
-        x, y = (part(t, trainer.replica, REPLICAS).to(device) for t in batch)
+    for batch in _hard(12):
+        x, y = (part(t, trainer.replica, replicas).to(device) for t in batch)
         losses.append(trainer.step(x, y).losses.cpu())
     trainer.flush()
     trainer.stop()
