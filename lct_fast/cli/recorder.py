@@ -86,15 +86,17 @@ class Recorder:
 
     def epoch(self, result: Evaluation) -> None:
         """The epoch's evaluation is there."""
-        # Of the first group's batches; when groups go at their own pace, the last one's count is another.
-        epoch = -(-self.trainer.batch // self.per_epoch)
+        # Of the first group; when groups go at their own pace, the last one is elsewhere, or has finished.
+        batch = self.trainer.batch
+        epoch = -(-batch // self.per_epoch)
+        count = self.epoch_count or float("nan")
         self.folder.log(
             {
                 "kind": "epoch",
                 "epoch": epoch,
-                "step": self.done,
+                "step": batch,
                 "seconds": self.seconds,
-                "train_loss": (self.epoch_sum / max(self.epoch_count, 1)).tolist(),
+                "train_loss": (self.epoch_sum / count).tolist(),
                 "test_loss": result.loss,
                 "exit_test_accuracy": result.accuracy,
                 "test_accuracy": result.accuracy[-1],
@@ -104,7 +106,7 @@ class Recorder:
         self.epoch_count = 0
         if not self.quiet:
             exits = " ".join(f"{a:.2%}" for a in result.accuracy)
-            tqdm.write(f"epoch {epoch:3d}  batch {self.done:6d}  test accuracy of the exits: {exits}")
+            tqdm.write(f"epoch {epoch:3d}  batch {batch:6d}  test accuracy of the exits: {exits}")
         self.restart_clock()
 
     def end(self) -> None:

@@ -53,8 +53,14 @@ class RunFolder:
                 )
         return stored
 
-    def open(self, step: int) -> None:
-        """Begins to write, from batch ``step``: later metrics go, a resumed run will write them again."""
+    def open(self, step: int, batch: int) -> None:
+        """Begins to write: metrics that a resumed run will write again go.
+
+        Args:
+            step: batches of the last group; intervals up to there stay.
+            batch: batches of the first group; epochs up to there stay. Another number only if groups go at their own
+                pace.
+        """
         self._writer = tensorboard.maybe_writer(self.path)
         kept = []
         for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
@@ -62,7 +68,7 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record["step"] <= step:
+            if record["step"] <= (batch if record["kind"] == "epoch" else step):
                 kept.append(line + "\n")
         self.metrics.write_text("".join(kept))
 

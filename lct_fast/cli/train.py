@@ -91,7 +91,7 @@ def train(
         folder.create(config)
     processes.from_first(None)
     if trainer.last:
-        folder.open(recorder.done)
+        folder.open(recorder.done, trainer.batch)
     try:
         if images is None:
             result = loop.follow(trainer, recorder, folder.checkpoints)
