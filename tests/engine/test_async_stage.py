@@ -26,6 +26,8 @@ from tests.engine.test_link import Pipe
 from tests.engine.test_pipelined import FARTHEST
 
 STEPS = 12
+# So many that a group is not done before the first evaluation.
+LONG = 200
 PATIENCE = timedelta(seconds=60)
 
 
@@ -175,24 +177,29 @@ def _slow_second() -> dict[str, Any]:
 def test_all_but_batches_arrives_in_order_and_a_checkpoint_goes_on(tmp_path: Path, threads: None) -> None:
     results = run_processes(_whole_life, 3, str(tmp_path))
     for result in results:
-        assert result["updates"] == result["resumed updates"] == STEPS
+        assert result["updates"] == result["resumed updates"] == LONG
         assert result["rate"] == 0.02
         assert result["at mark"] == result["loaded"]
-        assert 0 < result["at mark"]["updates"] <= STEPS
+        assert 0 < result["at mark"]["updates"] <= LONG
+        # Nobody trains between the batches of an evaluation.
+        first, second, third = result["evaluated at"]
+        assert len(set(first)) == len(set(second)) == len(set(third)) == 1
+        assert [len(first), len(second), len(third)] == [3, 1, 20]
     for result in results[1:]:
         assert result["marks"] == [(4, 1), (4, 2), (5, 3), (5, 4)]
     last = results[-1]
     assert len(last["evaluations"]) == 3
     # The stream's evaluation is that of the network that came out.
     assert last["evaluations"][-1] == pytest.approx(results[0]["accuracy"])
-    assert sorted(last["numbers"]) == last["numbers"] == list(range(STEPS))
+    assert sorted(last["numbers"]) == last["numbers"] == list(range(LONG))
 
 
 def _whole_life(folder: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"buffer": 3, "codec": "vq:16,2"}
+    options: dict[str, Any] = {"buffer": 3, "codec": "vq:16,2", "steps": LONG}
     trainer = _trainer(**options)
     batches = nets.batches(20)
     result: dict[str, Any] = {"marks": [], "evaluations": [], "numbers": []}
+    result["evaluated at"] = _watch_evaluations(trainer)
     if trainer.first:
         for t in range(5):
             trainer.step(*batches[t])
@@ -231,6 +238,25 @@ def _whole_life(folder: str) -> dict[str, Any]:
     logits, labels = exits.collect(trainer.groups, batches)
     result["accuracy"] = [exits.accuracy(z, labels) for z in logits]
     return result | _resume(folder, options)
+
+
+def _watch_evaluations(trainer: lct.Trainer) -> list[list[int]]:
+    """How many updates the group had made at each batch of each evaluation."""
+    run: Any = trainer._run
+    found: list[list[int]] = [[]]
+    evaluate, evaluated = run._evaluate, run._evaluated
+
+    def batch(*args: Any) -> None:
+        found[-1].append(run.group.updates)
+        evaluate(*args)
+
+    def end() -> Any:
+        if len(found) < 3:
+            found.append([])
+        return evaluated()
+
+    run._evaluate, run._evaluated = batch, end
+    return found
 
 
 def _resume(folder: str, options: dict[str, Any]) -> dict[str, Any]:

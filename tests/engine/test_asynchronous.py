@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,14 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path, threads: No
     trainer.step(*_batches()[0])
     checkpoint.load(lockstep, checkpoint.save(trainer, tmp_path))
     assert nets.same(nets.state(lockstep), nets.state(trainer))
+
+
+def test_the_program_in_the_docs_runs(threads: None) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "asynchronous.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names = {"lct": lct, "groups": nets.groups(lct.Greedy()), "loader": nets.batches(4)}
+    exec(program.replace("steps=1000", "steps=10"), names)
+    assert names["trainer"].meter.replay()["updates"] == [10] * 4  # type: ignore[attr-defined]
 
 
 def test_refusals_name_the_cause(threads: None) -> None:
