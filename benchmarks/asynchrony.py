@@ -29,7 +29,7 @@ from lct_fast.cli import main as lct_fast
 SLOW_GROUP = 3
 SLOW_DOWNS = (1.0, 1.2, 1.5, 2.0)
 BUFFERS = (1, 10, 50)
-KEPT = ("steps", "test_accuracy", "exit_test_accuracy", "replay", "seconds")
+KEPT = ("steps", "test_accuracy", "exit_test_accuracy", "replay")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def main() -> int:
         )
         os.replace(partial, args.out)
         exits = " ".join(f"{a:.2%}" for a in result["exit_test_accuracy"])
-        tqdm.write(f"{run.contender:<18} seed {run.seed}  exits {exits}  {result['seconds']:.0f} s")
+        tqdm.write(f"{run.contender:<18} seed {run.seed}  exits {exits}")
     print(json.dumps(over_seeds(runs), indent=1))
     return 0
 

@@ -200,7 +200,7 @@ def test_refusals_are_one_line_with_status_2_and_leave_nothing(
         (["--data", "mnist"], "mnist"),
         (["--data", f"cifar10:{cut}"], "cifar-10-python.tar.gz"),
         (["--data", f"cifar10:{tmp_path / 'nowhere'}"], "nowhere"),
-        (["--schedule", "async"], "schedule: expected one of lockstep, pipelined; got 'async'"),
+        (["--schedule", "serial"], "schedule: expected one of lockstep, pipelined, async; got 'serial'"),
         (["--schedule", "pipelined", "--method", "backprop"], "backprop has no pipelined schedule here"),
         (["--schedule", "pipelined", "--feedback-delay", "0"], "pipelined needs 1 or more, got 0"),
         (["--split", "conv2", "conv9", "conv3"], "'conv9' is not a place to cut"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,11 @@ def test_a_mark_is_met_before_what_comes_behind_it() -> None:
     _send(outbox, Kind.TRAIN, 0, 1)
     _send(outbox, Kind.MARK, 1)
     _send(outbox, Kind.TRAIN, 2)
+    # What comes behind the mark has arrived, and waits.
+    deadline = time.monotonic() + 30
+    while not inbox.has_next():
+        assert time.monotonic() < deadline, "it did not wait"
+        time.sleep(0.005)
     # Also when a slot is wanted the packet comes first, as often as one asks.
     for _ in range(3):
         item = intake.next(works=False)
