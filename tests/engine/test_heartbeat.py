@@ -272,9 +272,9 @@ def test_what_is_done_together_behind_the_end_names_who_is_lost(two: Any) -> Non
 
 
 class _Gone:
-    """A store whose server has ended."""
+    """A store whose server has ended: whatever is asked of it, the connection is broken."""
 
-    def set(self, key: str, value: str) -> None:
+    def __getattr__(self, name: str) -> Any:
         raise RuntimeError("Broken pipe")
 
 
@@ -290,6 +290,29 @@ def test_the_end_of_the_launcher_ends_a_rank(monkeypatch: pytest.MonkeyPatch, tw
     assert pair.wait_for(1).startswith(
         "rank 0 (group 1, north, cpu, process 11), which holds the rendezvous store,"
     )
+
+
+class _Stopped:
+    """A store whose server answers nothing, until the test is over."""
+
+    def __init__(self, over: threading.Event) -> None:
+        self.over = over
+
+    def __getattr__(self, name: str) -> Any:
+        assert self.over.wait(60)
+        raise RuntimeError("wait timeout")
+
+
+def test_a_launcher_that_answers_nothing_ends_a_rank(monkeypatch: pytest.MonkeyPatch, two: Any) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    pair, over = two(step_timeout=1.0), threading.Event()
+    for heart in pair.hearts:
+        heart._store = _Stopped(over)
+    try:
+        for rank in (0, 1):
+            assert pair.wait_for(rank).startswith("the launcher (torchrun) has not answered for 1 s")
+    finally:
+        over.set()
 
 
 def test_sigterm_lets_the_cause_be_told_first(two: Any) -> None:
