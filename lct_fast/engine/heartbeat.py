@@ -70,8 +70,10 @@ class Heartbeat:
         self._store: Any = store
         self._leave = leave
         self._interval = min(_INTERVAL, step_timeout / 8)
-        pause = max(2.0, 4 * self._interval)
-        self._judge = Watch(rank, len(places), start_timeout, step_timeout, time.monotonic(), pause)
+        self._pause, self._step_timeout = max(2.0, 4 * self._interval), step_timeout
+        self._judge = Watch(rank, len(places), start_timeout, step_timeout, time.monotonic(), self._pause)
+        # What the training loop saw of the thread: its passes, when, and for how long it has made none.
+        self._seen, self._checked, self._stuck = 0, time.monotonic(), 0.0
         self._turns = self._work = self._alive = 0
         self._phase, self._batch, self._waits = Phase.STARTING, -1, ""
         # Whether this process depends on the others: in the stream, and in what all do together behind it.
@@ -168,9 +170,18 @@ class Heartbeat:
         self._deafen()
 
     def _check(self) -> None:
+        self._watch_the_thread(time.monotonic())
         if self._settled.is_set() and not self._told:
             self._told = True
             raise PeerError(self._cause)
+
+    def _watch_the_thread(self, now: float) -> None:
+        """A launcher that is stopped, or out of reach, answers nothing and breaks nothing: the thread waits for it."""
+        passed, self._seen = self._seen != self._alive, self._alive
+        self._stuck = 0.0 if passed else self._stuck + min(now - self._checked, self._pause)
+        self._checked = now
+        if self._stuck > self._step_timeout and self._watching and not self._settled.is_set():
+            self._settle(f"{self._holder()} has not answered for {self._stuck:.0f} s")
 
     # The thread.
 

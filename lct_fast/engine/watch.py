@@ -97,8 +97,9 @@ class Watch:
             # Behind the stream's end a loop does not turn, but its process lives.
             if beat.phase == Phase.ENDING and rank != self.rank and seconds > self._step_timeout:
                 return Report(self.rank, beat.batch, f"stopped answering {seconds:.0f} s ago", rank)
+        # Every loop turns, or it would be named above: all that turn and do nothing wait.
         limit = max(self.limits[b.phase] for b in beats) if self._all_watched() else None
-        if limit is not None and idle > limit and all(b.waits for b in beats):
+        if limit is not None and idle > limit:
             waits = ", ".join(f"rank {r} for {b.waits}" for r, b in enumerate(beats))
             own = beats[self.rank].batch
             return Report(
