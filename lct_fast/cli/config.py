@@ -70,6 +70,9 @@ class Config:
     autocast: str = _option("none", "mixed precision", ("none", "bf16"))
     compile: bool = _option(False, "run groups through torch.compile")
     channels_last: bool = _option(False, "channels-last memory")
+    graphs: str = _option(
+        "auto", "CUDA graphs, pipelined in one process; auto: where they can be", ("auto", "on", "off")
+    )
     device: str = _option("auto", "auto | cpu | cuda | cuda:0,cuda:1")
     threads: int | None = _option(None, "CPU threads; default: torch's")
     seed: int = _option(0, "seed of weights, order and augmentation")
@@ -145,6 +148,8 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         )
     if config.schedule == "pipelined" and config.feedback_delay < 1:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
+    if config.graphs == "on" and config.schedule != "pipelined":
+        raise ConfigError("graphs: CUDA graphs are for --schedule pipelined in one process")
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
 

@@ -78,9 +78,12 @@ class Codec:
 
     Attributes:
         name: the spec that builds it.
+        recordable: whether coding is the same work for the device each time, with nothing for the host to decide or
+            count; it can then be part of a CUDA graph.
     """
 
     name: str
+    recordable = True
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuses what it cannot code: `shape` is the tensor's without the batch.

@@ -22,15 +22,16 @@ class Lockstep:
         self.workers = list(workers)
         self.batch = 0
 
-    def step(self, x: Tensor, y: Tensor) -> Stats:
-        """Trains every group on one batch."""
+    def step(self, x: Tensor, y: Tensor, refused: Tensor | None = None) -> Stats:
+        """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1."""
         batch, h = self.batch, x
         losses, sent = [], 0
         for k, worker in enumerate(self.workers):
             meter = worker.meter
             meter.begin(batch)
             target = y.to(worker.device)
-            result = worker.train(batch, worker.place(h), target)
+            bad = refused if refused is None else refused.to(worker.device)
+            result = worker.train(batch, worker.place(h), target, bad)
             losses.append(worker.mean(result.loss, target).to(self.workers[0].device))
             worker.update(batch)
             if worker.owes(batch):

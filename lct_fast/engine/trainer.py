@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lct_fast import codecs
-from lct_fast.engine.batch_check import check_batch
+from lct_fast.engine.batch_check import BatchCheck
 from lct_fast.engine.exits import Evaluation, summed
 from lct_fast.engine.group import Group, exit_module, join
 from lct_fast.engine.lockstep import Lockstep
@@ -31,7 +31,9 @@ PIPELINED_DELAY = DEPTH + 1
 
 
 def _sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    params = list(params)
+    fused = all(p.is_cuda for p in params)
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
 
 
 class Trainer:
@@ -79,6 +81,8 @@ class Trainer:
         autocast: ``torch.bfloat16`` to run layers and critics under autocast.
         compile: run each group's layers through ``torch.compile``.
         channels_last: keep 4-d tensors in channels-last memory.
+        graphs: pipelined in one process, run each group as CUDA graphs: True, False, or None for where they can be;
+            ``workers[k].eager_because`` says why not.
 
     Attributes:
         groups: all groups; over processes, only this process's is trained here.
@@ -108,6 +112,7 @@ class Trainer:
         autocast: torch.dtype | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        graphs: bool | None = None,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -150,6 +155,7 @@ class Trainer:
             compile=compile,
             memory_format=torch.channels_last if channels_last else torch.preserve_format,
         )
+        self._check = BatchCheck(self.num_classes, self.objective)
         count = len(self.groups)
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         seed = torch.initial_seed()
@@ -173,8 +179,12 @@ class Trainer:
         self._run: Lockstep | Ticks | Stage
         if self.ranks is not None:
             self._run = Stage(self.workers[0], self.ranks)
+        elif pipelined:
+            self._run = Ticks(self.workers, graphs)
         else:
-            self._run = (Ticks if pipelined else Lockstep)(self.workers)
+            self._run = Lockstep(self.workers)
+        if graphs and not isinstance(self._run, Ticks):
+            raise ValueError("graphs=True: CUDA graphs are for the pipelined schedule in one process")
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
         self.meter = Meter([w.meter for w in self.workers])
 
@@ -196,7 +206,8 @@ class Trainer:
 
         Raises:
             ValueError: shapes or labels that do not fit.
-            NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated.
+            NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated. On a CUDA device
+                it comes two batches later, and tells which batch it was.
             OutOfMemoryError: names the group.
             PeerError: another group's process has gone.
         """
@@ -204,9 +215,13 @@ class Trainer:
             raise RuntimeError(
                 "step belongs to the first group's process: follow it with `for event in events()`"
             )
-        check_batch(x, y, self.batch, self.num_classes, self.objective)
+        if isinstance(self._run, Stage):
+            y, _ = self._check(x, y, self.batch, at_once=True)
+            refused = None
+        else:
+            y, refused = self._check(x, y, self.batch)
         start = time.perf_counter()
-        stats = self._run.step(x, y)
+        stats = self._run.step(x, y) if isinstance(self._run, Stage) else self._run.step(x, y, refused)
         self.meter.step_seconds.append(time.perf_counter() - start)
         return stats
 
@@ -232,7 +247,9 @@ class Trainer:
 
     def drain(self) -> list[Stats]:
         """Pipelined in one process: lets every group catch up with the first; what that finished. Changes no result."""
-        return [] if isinstance(self._run, Stage) else self._run.drain()
+        done = [] if isinstance(self._run, Stage) else self._run.drain()
+        self._read_flags()
+        return done
 
     def gather_meter(self) -> tuple[Meter, list[float]]:
         """The meter of all groups, and the seconds each one's clock is ahead of the first's.
@@ -252,10 +269,18 @@ class Trainer:
         """As ``drain``, and what it finished is told by the next ``drain``."""
         if isinstance(self._run, Ticks):
             self._run.finished = self._run.drain()
+        self._read_flags()
+
+    def _read_flags(self) -> None:
+        """Raises what a device has flagged and nobody has read yet."""
+        self._check.check(late=1)
+        for worker in self.workers:
+            worker.check(late=1)
 
     def flush(self) -> None:
         """Applies the feedback still in flight. For the end of a run, not between epochs."""
         self._run.flush()
+        self._read_flags()
 
     def mark(self, code: int) -> None:
         """Over processes: every other process gets ``Mark(batch, code)`` behind the batches so far."""
