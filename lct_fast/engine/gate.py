@@ -109,8 +109,9 @@ class Gate:
                 for flag in (self.broken, self.found, self.critic):
                     flag.zero_()
                 raise NonFiniteError(
-                    f"the loss or a gradient of group {self.group + 1} at batch {report.batch} is NaN or Inf: the "
-                    f"group was not updated by it, nor since; lower its learning rate and go on from the last checkpoint"
+                    f"the loss or a gradient of group {self.group + 1} at batch {report.batch} is NaN or Inf: "
+                    f"the group was not updated by it, nor since; lower its learning rate and go on from the last "
+                    f"checkpoint"
                 )
 
 
@@ -143,7 +144,7 @@ def _on_the_host(
     optimizer: torch.optim.Optimizer, device: torch.device
 ) -> list[tuple[dict[str, Any], str, Any]]:
     """What an optimiser counts on the host, such as Adam's steps when it is neither fused nor capturable."""
-    found = []
+    found: list[tuple[dict[str, Any], str, Any]] = []
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, int | float):

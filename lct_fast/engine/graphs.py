@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lct_fast.codecs import Encoded, Layout
@@ -200,7 +200,7 @@ class GroupGraphs:
         return same and len(found) == len(recorded) and inputs.layout == slot.inputs.layout
 
     def train(self, batch: int, inputs: Inputs) -> Work:
-        """Starts the slot's training: forward, critic, backward, the optimiser's step, and encoding if it can be there."""
+        """Starts the slot's training: forward, critic, backward, the optimiser's step, encoding if it can be there."""
         worker, slot = self.worker, self._slots[batch % self.depth]
         worker.check()
         if slot.h is not None:

@@ -56,24 +56,23 @@ class Ticks:
     ) -> None:
         self.workers = list(workers)
         self.batch = 0
-        driven: dict[torch.device, Device] = {}
-        self.drive = lambda place: driven.get(place) or driven.setdefault(place, drive(place))
-        self.devices = [self.drive(w.device) for w in self.workers]
+        self._drive = drive
+        self._driven: dict[torch.device, Device] = {}
+        self.devices = [self._device(w.device) for w in self.workers]
         self.streams = [d.stream("compute") for d in self.devices]
         self.graphs = [self._graphs(k, graphs) for k in range(len(self.workers))]
-        depth = DEPTH
-        if any(self.graphs):
-            # A graph reads and writes where it was recorded, and its slot waits for feedback as long as the delay.
-            depth = max(DEPTH, self.workers[0].settings.feedback_delay + 1)
+        # A loss that goes back stays in its slot until its delay is over.
+        owed = max(DEPTH, self.workers[0].settings.feedback_delay + 1)
+        # A graph reads and writes where it was recorded, and what its critic needs stays there as long.
+        self.depth = depth = owed if any(self.graphs) else DEPTH
         for each in self.graphs:
             if each is not None:
                 each.depth = depth
         # What leads to group k; the first ring is made when it is known where batches lie.
         self.forward: list[Ring | None] = [None]
         self.forward += [Ring(a, b, depth) for a, b in zip(self.devices, self.devices[1:], strict=False)]
-        # What brings group k the losses of the group behind it; a loss stays until its delay is over.
+        # What brings group k the losses of the group behind it.
         learns = self.workers[0].settings.method.uses_feedback
-        owed = max(DEPTH, self.workers[0].settings.feedback_delay + 1)
         pairs = zip(self.devices, self.devices[1:], strict=False) if learns else ()
         self.backward = [Ring(b, a, owed) for a, b in pairs]
         # What each group takes at the next tick.
@@ -123,10 +122,10 @@ class Ticks:
             worker.check()
 
     def _enter(self, x: Tensor, y: Tensor, refused: Tensor | None) -> None:
-        source = self.drive(x.device)
+        source = self._device(x.device)
         ring = self.forward[0]
         if ring is None or ring.source is not source:
-            ring = self.forward[0] = Ring(source, self.devices[0], self._depth())
+            ring = self.forward[0] = Ring(source, self.devices[0], self.depth)
         flags = [] if refused is None else [refused]
         ring.send(self.batch, [y, *flags, x], source.current())
         self.waiting[0] = _Cargo(self.batch, refused is not None)
@@ -228,9 +227,9 @@ class Ticks:
 
     def _graphs(self, k: int, wanted: bool | None) -> GroupGraphs | None:
         worker = self.workers[k]
+        worker.eager_because = None if wanted is False else why_eager(worker, self.devices[k])
         if wanted is False:
             return None
-        worker.eager_because = why_eager(worker, self.devices[k])
         if worker.eager_because is None:
             return GroupGraphs(worker, self.devices[k], self.streams[k], required=wanted is True)
         if wanted:
@@ -239,11 +238,10 @@ class Ticks:
             )
         return None
 
-    def _depth(self) -> int:
-        ring = self.forward[1] if len(self.forward) > 1 else None
-        return (
-            ring.depth if ring is not None else next((g.depth for g in self.graphs if g is not None), DEPTH)
-        )
+    def _device(self, place: torch.device) -> Device:
+        if place not in self._driven:
+            self._driven[place] = self._drive(place)
+        return self._driven[place]
 
     def _all_streams(self) -> list[tuple[Device, Stream]]:
         found = list(zip(self.devices, self.streams, strict=True))

@@ -50,7 +50,7 @@ class Machine(TorchDispatchMode):
     Attributes:
         warm: buffers are allocated no more.
         in_step: the host must not wait.
-        faults: how often what was refused.
+        replays: how many graphs were replayed.
     """
 
     def __init__(self, count: int = 1, *, peers: bool = True) -> None:
@@ -155,8 +155,6 @@ class Machine(TorchDispatchMode):
             self.recording = None
             for storage, before in self._saved.values():
                 storage.copy_(before)
-            self._kept = getattr(self, "_kept", [])
-            self._kept.append(ops)
 
 
 @dataclass
@@ -188,13 +186,15 @@ class FakeGraph(streams.Graph):
             raise Disorder("a graph is replayed before it was recorded")
         self.machine.replays += 1
         for op in self.ops:
-            again = op.func(*op.args, **op.kwargs)
+            with torch.no_grad():
+                again = op.func(*op.args, **op.kwargs)
             inputs, _ = _tensors(op.func, op.args, op.kwargs)
             known = {_key(t) for t in inputs}
             for old, new in zip(_outputs(op.out), _outputs(again), strict=True):
                 # Views and results of in-place operations are there already.
                 if _key(old) not in known and _key(new) != _key(old):
-                    old.copy_(new)
+                    with torch.no_grad():
+                        old.copy_(new)
 
 
 class FakeDevice(streams.Device):
@@ -301,5 +301,8 @@ def _tensors(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tens
         found = _outputs(value)
         inputs += found
         if argument.alias_info is not None and argument.alias_info.is_write:
+            written += found
+        elif func is torch.ops.aten.native_batch_norm.default and argument.name.startswith("running"):
+            # Its schema does not say so.
             written += found
     return inputs, written
