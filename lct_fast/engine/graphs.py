@@ -202,7 +202,6 @@ class GroupGraphs:
     def train(self, batch: int, inputs: Inputs) -> Work:
         """Starts the slot's training: forward, critic, backward, the optimiser's step, encoding if it can be there."""
         worker, slot = self.worker, self._slots[batch % self.depth]
-        worker.check()
         if slot.h is not None:
             slot.h.copy_(_decoded(worker, inputs))
         self._rates.update()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lct_fast.engine.stats import Stats
-from lct_fast.engine.worker import Worker
+from lct_fast.engine.worker import Worker, check_flags
 
 
 class Lockstep:
@@ -24,6 +24,7 @@ class Lockstep:
 
     def step(self, x: Tensor, y: Tensor, refused: Tensor | None = None) -> Stats:
         """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1."""
+        check_flags(self.workers)
         batch, h = self.batch, x
         losses, sent = [], 0
         for k, worker in enumerate(self.workers):

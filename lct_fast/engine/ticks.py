@@ -19,7 +19,7 @@ from lct_fast.engine.graphs import GroupGraphs, Inputs, Work, train_work, why_ea
 from lct_fast.engine.ring import Ring
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.streams import Device, Stream
-from lct_fast.engine.worker import Worker
+from lct_fast.engine.worker import Worker, check_flags
 
 # Slots between two groups: one is read while the other fills.
 DEPTH = 2
@@ -86,7 +86,7 @@ class Ticks:
 
         The batch leaves no trace where ``refused``, 0-dim, is 1.
         """
-        self._check()
+        check_flags(self.workers, lambda k: self.devices[k].on(self.streams[k]))
         if self.settled:
             for device, stream in zip(self.devices, self.streams, strict=True):
                 _join(device, stream, device.current())
@@ -115,11 +115,6 @@ class Ticks:
         self.finished = self.drain()
         for worker in self.workers:
             worker.flush(self.batch)
-
-    def _check(self) -> None:
-        """Raises what the oldest flagged batch is to raise, before anything has begun."""
-        for worker in self.workers:
-            worker.check()
 
     def _enter(self, x: Tensor, y: Tensor, refused: Tensor | None) -> None:
         source = self._device(x.device)
@@ -161,7 +156,6 @@ class Ticks:
             work = graphs.train(batch, inputs)
             updated = True
         else:
-            worker.check()
             work = train_work(worker, batch, inputs)
             worker.took(batch, len(inputs.target), work.result)
             updated = False

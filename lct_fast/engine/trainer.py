@@ -20,7 +20,7 @@ from lct_fast.engine.ranks import Ranks
 from lct_fast.engine.stage import DEPTH, Stage
 from lct_fast.engine.stats import Event, Stats
 from lct_fast.engine.ticks import Ticks
-from lct_fast.engine.worker import SchedulerFactory, Settings, Worker
+from lct_fast.engine.worker import SchedulerFactory, Settings, Worker, check_flags
 from lct_fast.methods import Method, Objective
 from lct_fast.methods.method import OptimizerFactory
 from lct_fast.methods.objective import LossFunction
@@ -274,8 +274,7 @@ class Trainer:
     def _read_flags(self) -> None:
         """Raises what a device has flagged and nobody has read yet."""
         self._check.check(late=1)
-        for worker in self.workers:
-            worker.check(late=1)
+        check_flags(self.workers, late=1)
 
     def flush(self) -> None:
         """Applies the feedback still in flight. For the end of a run, not between epochs."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -358,6 +358,27 @@ class Worker:
                 f"the loss of group {self.index + 1} at batch {batch} is NaN or Inf: the group was not updated; "
                 f"lower its learning rate and go on from the last checkpoint"
             )
+
+
+def check_flags(
+    workers: Sequence[Worker],
+    on: Callable[[int], AbstractContextManager[Any]] = lambda k: nullcontext(),
+    late: int = LATE,
+) -> None:
+    """``check`` of every group, between steps; ``on(k)`` is where group k's device works.
+
+    Raises:
+        NonFiniteError: that of the first group; those behind it have had the same batch, and say no more of it.
+    """
+    try:
+        for k, worker in enumerate(workers):
+            with on(k):
+                worker.check(late)
+    except NonFiniteError:
+        for k, worker in enumerate(workers):
+            with on(k), suppress(NonFiniteError):
+                worker.check(late=1)
+        raise
 
 
 def learning_rate(workers: Iterable[Worker]) -> float | None:

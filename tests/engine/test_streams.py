@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import lct_fast as lct
 from lct_fast.codecs import vector_quantization
-from lct_fast.engine import batch_check, gate, ring, ticks
+from lct_fast.engine import batch_check, gate
 from lct_fast.engine.gate import Gate
 from lct_fast.engine.graphs import WARM_UP
 from lct_fast.engine.ticks import Ticks
 from tests.engine import nets
-from tests.engine.fake_device import Disorder, FakeDevice, FakeGraph, FakeLate, Machine
+from tests.engine.fake_device import FakeLate, Machine
 from tests.engine.pipelined_cases import Case
 
 BATCHES = 16
@@ -71,13 +70,18 @@ def on_machine(case: Case, count: int, machine: Machine, graphs: bool | None = N
     """The case's trainer, its groups spread over the machine's devices."""
     case = Case(case.method, case.critic, {"optimizer": _sgd} | case.options, case.dropout)
     trainer = case.trainer(count, "pipelined")
+    place(trainer, machine, graphs)
+    return trainer
+
+
+def place(trainer: lct.Trainer, machine: Machine, graphs: bool | None = None) -> None:
+    """Spreads the trainer's groups over the machine's devices."""
     trainer._check.late = True
-    places = machine.devices
+    places, count = machine.devices, len(trainer.workers)
     for k, worker in enumerate(trainer.workers):
         worker.gate = Gate(k, worker.device)
         worker.device = places[k * len(places) // count].device
     trainer._run = Ticks(trainer.workers, graphs, lambda place: places[place.index or 0])
-    return trainer
 
 
 def train(trainer: lct.Trainer, machine: Machine) -> dict[str, Any]:
