@@ -15,6 +15,7 @@ import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
             f"{path} is a checkpoint of another model or split: expected groups starting at "
             f"{[u[0] for u in expected if u]}, got {[u[0] for u in found if u]}; use the run's own config.yaml"
         )
+    # What is under way ends before its state goes; a batch that failed is no matter any more.
+    with suppress(ValueError):
+        trainer.settle()
     read = {}
     for worker in trainer.workers:
         # The group behind keeps the losses that this one's critic is owed.

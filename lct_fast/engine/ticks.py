@@ -62,7 +62,8 @@ class Ticks:
         self.streams = [d.stream("compute") for d in self.devices]
         self.graphs = [self._graphs(k, graphs) for k in range(len(self.workers))]
         # A loss that goes back stays in its slot until its delay is over.
-        owed = max(DEPTH, self.workers[0].settings.feedback_delay + 1)
+        learns = self.workers[0].settings.method.uses_feedback
+        owed = max(DEPTH, self.workers[0].settings.feedback_delay + 1) if learns else DEPTH
         # A graph reads and writes where it was recorded, and what its critic needs stays there as long.
         self.depth = depth = owed if any(self.graphs) else DEPTH
         for each in self.graphs:
@@ -72,7 +73,6 @@ class Ticks:
         self.forward: list[Ring | None] = [None]
         self.forward += [Ring(a, b, depth) for a, b in zip(self.devices, self.devices[1:], strict=False)]
         # What brings group k the losses of the group behind it.
-        learns = self.workers[0].settings.method.uses_feedback
         pairs = zip(self.devices, self.devices[1:], strict=False) if learns else ()
         self.backward = [Ring(b, a, owed) for a, b in pairs]
         # What each group takes at the next tick.

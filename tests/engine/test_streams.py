@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lct_fast as lct
 from lct_fast.codecs import vector_quantization
-from lct_fast.engine import batch_check, gate
+from lct_fast.engine import batch_check, checkpoint, gate, ring, ticks
 from lct_fast.engine.gate import Gate
-from lct_fast.engine.graphs import WARM_UP
+from lct_fast.engine.graphs import WARM_UP, eager_lines, why_eager
 from lct_fast.engine.ticks import Ticks
 from tests.engine import nets
-from tests.engine.fake_device import FakeLate, Machine
+from tests.engine.fake_device import Disorder, FakeDevice, FakeGraph, FakeLate, Machine
 from tests.engine.pipelined_cases import Case
 
 BATCHES = 16
@@ -84,9 +88,11 @@ def place(trainer: lct.Trainer, machine: Machine, graphs: bool | None = None) ->
     trainer._run = Ticks(trainer.workers, graphs, lambda place: places[place.index or 0])
 
 
-def train(trainer: lct.Trainer, machine: Machine) -> dict[str, Any]:
+def train(
+    trainer: lct.Trainer, machine: Machine, batches: list[tuple[Tensor, Tensor]] | None = None
+) -> dict[str, Any]:
     """All batches under the machine's eyes, an evaluation and a new learning rate in the middle."""
-    batches = nets.batches(BATCHES)
+    odd, batches = batches is not None, batches or nets.batches(BATCHES)
     stats = []
     with machine:
         for t, (x, y) in enumerate(batches):
@@ -98,7 +104,7 @@ def train(trainer: lct.Trainer, machine: Machine) -> dict[str, Any]:
             x, y = x + 0, y + 0
             with machine.step():
                 stats.append(trainer.step(x, y))
-            machine.warm = t >= len(trainer.workers)
+            machine.warm = t >= len(trainer.workers) and not odd
         stats += trainer.drain()
         trainer.flush()
         finished = [s for s in stats if s.batch >= 0]
@@ -114,11 +120,11 @@ def train(trainer: lct.Trainer, machine: Machine) -> dict[str, Any]:
     }
 
 
-def lockstep(case: Case, count: int) -> dict[str, Any]:
+def lockstep(case: Case, count: int, batches: list[tuple[Tensor, Tensor]] | None = None) -> dict[str, Any]:
     """The same by the schedule that all else is held against, on the plain CPU."""
     case = Case(case.method, case.critic, {"optimizer": _sgd} | case.options, case.dropout)
     trainer = case.trainer(count, "lockstep")
-    batches = nets.batches(BATCHES)
+    batches = batches or nets.batches(BATCHES)
     stats = [trainer.step(x, y) for x, y in batches[:MIDDLE]]
     middle = trainer.evaluate(batches[:2])
     trainer.set_learning_rate(2**-6)
@@ -174,3 +180,229 @@ def test_devices_that_cannot_reach_each_other_copy_through_the_host(
     run = trainer._run
     assert isinstance(run, Ticks)
     assert [r.staged for r in run.forward[1:] if r] == [False, True, False]
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_a_batch_of_another_size(graphs: bool, machine: Callable[..., Machine]) -> None:
+    batches = [(x[:7], y[:7]) if t in (5, 11) else (x, y) for t, (x, y) in enumerate(nets.batches(BATCHES))]
+    case, under = CASES["delay 2"], machine(2, peers=False)
+    same(train(on_machine(case, 3, under, graphs), under, batches), lockstep(case, 3, batches))
+
+
+def test_losses_may_be_read_at_any_time_and_are_waited_for_only_then(
+    machine: Callable[..., Machine],
+) -> None:
+    under, expected = machine(2), lockstep(CASES["greedy"], 2)["losses"]
+    trainer = on_machine(CASES["greedy"], 2, under, True)
+    with under:
+        for t, (x, y) in enumerate(nets.batches(MIDDLE)):
+            before = dict(under.clocks.get("default", {}))
+            with under.step():
+                stats = trainer.step(x, y)
+            seen = set(under.clocks["default"]) - {"default"}
+            assert t > 4 or seen <= set(before), "a step makes its caller's stream wait"
+            if t >= 4:
+                # Group 1 has gone on since.
+                assert torch.equal(stats.losses + 0, expected[stats.batch])
+
+
+# What the order rests on, each taken away in turn.
+
+
+class Never(dict[str, int]):
+    """An event that is recorded and never is."""
+
+    def __ior__(self, other: Any) -> Any:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("event", "graphs", "peers"),
+    [
+        ("made", False, True),
+        ("arrived", False, True),
+        ("read", False, True),
+        ("read", True, True),
+        ("sent", True, True),
+        ("sent", False, False),
+        ("arrived", False, False),
+        ("read", False, False),
+    ],
+)
+def test_without_an_event_the_order_is_lost(
+    event: str, graphs: bool, peers: bool, machine: Callable[..., Machine]
+) -> None:
+    under = machine(2, peers=peers)
+    # Feedback would order more than it has to: a group that has heard of a batch knows that it was read.
+    trainer = on_machine(CASES["greedy" if graphs else "delay 2"], 2, under, graphs)
+    for made in (*trainer._run.forward[1:], *trainer._run.backward):  # type: ignore[union-attr]
+        for slot in made.slots:
+            setattr(slot, event, Never())
+    with pytest.raises(Disorder, match="may be still to"):
+        train(trainer, under)
+
+
+def _early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot is given back as soon as its batch has come."""
+    receive, release = ring.Ring.receive, ring.Ring.release
+
+    def both(self: ring.Ring, batch: int, stream: Any) -> list[Tensor]:
+        found = receive(self, batch, stream)
+        release(self, batch, stream)
+        return found
+
+    monkeypatch.setattr(ring.Ring, "receive", both)
+    monkeypatch.setattr(ring.Ring, "release", lambda *_: None)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "a slot is given back early": (_early, "writes over"),
+    "copies do not hold what they read": (
+        lambda m: m.setattr(FakeDevice, "keep", _nothing),
+        "may be freed meanwhile",
+    ),
+    "no stream waits at the ends": (lambda m: m.setattr(ticks, "_join", _nothing), "may be still to"),
+    "buffers are made anew": (lambda m: m.setattr(ring, "_alike", lambda *_: False), "allocated once warm"),
+}
+
+
+@pytest.mark.parametrize("name", list(MUTATIONS))
+def test_what_the_machine_finds(
+    name: str, machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate, message = MUTATIONS[name]
+    under = machine(1)
+    trainer = on_machine(CASES["delay 2"], 2, under, False)
+    mutate(monkeypatch)
+    with pytest.raises(Disorder, match=message):
+        train(trainer, under)
+
+
+def test_a_graph_is_recorded_before_it_is_replayed(machine: Callable[..., Machine]) -> None:
+    with pytest.raises(Disorder, match="before it was recorded"):
+        FakeGraph(machine()).replay()
+
+
+class Asking(nn.Module):
+    """Asks the device for a number, and computes with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2.0 if float(x.sum()) > 0 else x
+
+
+def _asking(method: lct.Method, **options: Any) -> lct.Trainer:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 8), Asking(), nn.Linear(8, 5))
+    groups = lct.split(net, example_input=torch.zeros(4, 1, 8, 8), split_points=["2"], critic="linear")
+    return lct.Trainer(groups, method, optimizer=_sgd, schedule="pipelined", **options)
+
+
+def test_a_host_that_waits_is_found(machine: Callable[..., Machine]) -> None:
+    under, trainer = machine(), _asking(lct.Greedy())
+    place(trainer, under, graphs=False)
+    with pytest.raises(Disorder, match="the host waits for a device inside a step"):
+        train(trainer, under)
+
+
+def test_what_cannot_be_recorded_runs_eagerly_and_says_why(machine: Callable[..., Machine]) -> None:
+    under, trainer = machine(), _asking(lct.Greedy())
+    plain = _asking(lct.Greedy())
+    place(trainer, under)
+    with under:
+        for x, y in nets.batches(BATCHES):
+            trainer.step(x, y)
+        trainer.flush()
+    for x, y in nets.batches(BATCHES):
+        plain.step(x, y)
+    plain.flush()
+    assert nets.same(nets.state(trainer), nets.state(plain))
+    one, two = trainer.workers
+    assert one.eager_because is None and under.replays
+    assert two.eager_because is not None
+    assert two.eager_because.startswith("recording it failed: operation not permitted")
+    assert eager_lines(trainer.workers) == [f"no CUDA graphs for group 2: {two.eager_because}"]
+
+
+def test_graphs_that_were_asked_for_and_cannot_be_are_an_error(machine: Callable[..., Machine]) -> None:
+    with pytest.raises(
+        ValueError, match="graphs=True, but group 1 cannot run as CUDA graphs: it runs on the cpu"
+    ):
+        _asking(lct.Greedy(), graphs=True)
+    with pytest.raises(ValueError, match="graphs=True: CUDA graphs are for the pipelined schedule"):
+        lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), graphs=True)
+    under, trainer = machine(), _asking(lct.Greedy())
+    place(trainer, under, graphs=True)
+    with under, pytest.raises(RuntimeError, match="graphs=True, but group 2 .*recording it failed"):
+        for x, y in nets.batches(BATCHES):
+            trainer.step(x, y)
+
+
+class Wrapped(DistributedDataParallel):
+    """As a wrapped module looks, with no processes behind it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+
+
+def _plain_sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, 0.1)
+
+
+def _wrap(trainer: lct.Trainer) -> None:
+    trainer.workers[1].layers = Wrapped(trainer.groups[1].layers)
+
+
+def _step_hook(trainer: lct.Trainer) -> None:
+    trainer.workers[1].optimizer.register_step_post_hook(_nothing)  # type: ignore[union-attr]
+
+
+def _gradient_hook(trainer: lct.Trainer) -> None:
+    next(trainer.groups[1].parameters()).register_post_accumulate_grad_hook(_nothing)
+
+
+def _module_hook(trainer: lct.Trainer) -> None:
+    trainer.groups[1].layers.register_forward_hook(_nothing)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "says"),
+    [
+        ({"accumulate": 2}, _nothing, "accumulate=2"),
+        ({"optimizer": _plain_sgd}, _nothing, "SGD is neither fused nor capturable"),
+        ({}, _wrap, "DistributedDataParallel"),
+        ({}, _step_hook, "optimiser SGD has hooks"),
+        ({}, _gradient_hook, "parameter .* has hooks"),
+        ({}, _module_hook, "module layers has hooks"),
+    ],
+)
+def test_why_a_group_runs_eagerly(
+    options: dict[str, Any], change: Callable[[lct.Trainer], None], says: str, machine: Callable[..., Machine]
+) -> None:
+    trainer = on_machine(Case(lct.Greedy, options=options), 2, machine())
+    assert options or trainer.workers[1].eager_because is None
+    change(trainer)
+    found = why_eager(trainer.workers[1], machine().devices[0])
+    assert found is not None and re.search(says, found)
+
+
+def test_loading_a_checkpoint_records_anew(machine: Callable[..., Machine], tmp_path: Path) -> None:
+    case, under, batches = CASES["delay 2"], machine(), nets.batches(2 * BATCHES)
+    first, second = on_machine(case, 2, under, True), on_machine(case, 2, under, True)
+    with under:
+        for x, y in batches[:BATCHES]:
+            first.step(x, y)
+        # Another course, with graphs of its own.
+        for x, y in reversed(batches[:BATCHES]):
+            second.step(x, y)
+        checkpoint.load(second, checkpoint.save(first, tmp_path))
+        under.replays = 0
+        for trainer in (first, second):
+            for x, y in batches[BATCHES:]:
+                trainer.step(x, y)
+            trainer.flush()
+    assert nets.same(nets.state(first), nets.state(second)) and under.replays
