@@ -29,6 +29,8 @@ class Recorder:
         self.per_epoch, self.steps = per_epoch, steps
         self.done = trainer.batch
         self.seconds = 0.0
+        # Losses are read when they are written somewhere: until then no device is waited for.
+        self.unread: list[Stats] = []
         self.interval: list[torch.Tensor] = []
         self.epoch_sum = torch.zeros(len(trainer.groups))
         self.epoch_count = 0
@@ -36,6 +38,7 @@ class Recorder:
 
     def position(self) -> dict[str, Any]:
         """What a resumed run needs besides the trainer's state."""
+        self._read()
         return {
             "seconds": self.seconds,
             "interval": [losses.tolist() for losses in self.interval],
@@ -64,10 +67,7 @@ class Recorder:
         """A batch has been through all groups; those a pipeline has not filled yet are passed over."""
         if stats.batch < 0:
             return
-        losses = stats.losses.cpu()
-        self.interval.append(losses)
-        self.epoch_sum += losses
-        self.epoch_count += 1
+        self.unread.append(stats)
         self.done = stats.batch + 1
         self.bar.update()
         if self.done % self.config.log_every == 0 or self.ends_epoch(self.done):
@@ -82,6 +82,7 @@ class Recorder:
 
     def epoch(self, result: Evaluation) -> None:
         """The epoch's evaluation is there."""
+        self._read()
         epoch = -(-self.done // self.per_epoch)
         self.folder.log(
             {
@@ -107,7 +108,16 @@ class Recorder:
         if self.bar is not None:
             self.bar.close()
 
+    def _read(self) -> None:
+        for stats in self.unread:
+            losses = stats.losses.cpu()
+            self.interval.append(losses)
+            self.epoch_sum += losses
+            self.epoch_count += 1
+        self.unread = []
+
     def _log_interval(self) -> None:
+        self._read()
         losses = torch.stack(self.interval).mean(0).tolist()
         self.interval = []
         seconds = self.trainer.meter.step_seconds_median() or 0.0

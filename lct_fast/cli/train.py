@@ -18,6 +18,7 @@ from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
 from lct_fast.engine import Trainer, checkpoint
 from lct_fast.engine.exits import Evaluation
+from lct_fast.engine.graphs import eager_lines
 from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
 from lct_fast.engine.trace import write_trace
@@ -80,6 +81,7 @@ def train(
     trainer = build.build_trainer(config, groups, devices, steps)
     if trainer.ranks is not None and trainer.first and not quiet:
         _print_map(trainer)
+    told = _tell_eager(config, trainer, [], quiet)
     recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet)
     if found is not None:
         recorder.restore(checkpoint.load(trainer, found))
@@ -102,6 +104,8 @@ def train(
             result = run(config, trainer, recorder, batches, test, folder.checkpoints)
     finally:
         folder.close()
+    # What only shows when it is recorded.
+    _tell_eager(config, trainer, told, quiet)
     meter, offsets = trainer.gather_meter()
     processes.leave()
     if result is None:
@@ -118,6 +122,15 @@ def _print_map(trainer: Trainer) -> None:
     for k, (group, place) in enumerate(zip(trainer.groups, trainer.ranks.places, strict=True)):
         units = f"{group.units[0]} .. {group.units[-1]}" if len(group.units) > 1 else group.units[0]
         print(f"group {k + 1} ({units}) on rank {k}: {place}", flush=True)
+
+
+def _tell_eager(config: Config, trainer: Trainer, told: list[str], quiet: bool) -> list[str]:
+    """Prints why groups run without CUDA graphs, but for what was told."""
+    lines = [] if config.graphs == "off" else eager_lines(trainer.workers)
+    for line in lines:
+        if line not in told and not quiet:
+            print(line, flush=True)
+    return lines
 
 
 def _summary(

@@ -94,7 +94,7 @@ class BatchCheck:
         bad = (y != ignored) & ((y < 0) | (y >= self.num_classes))
         if not self._waits(y, at_once):
             # A label out of range would end the whole process, where a loss indexes with it.
-            return torch.where(bad, ignored, y), bad.any() * _LABEL
+            return y.masked_fill(bad, ignored), bad.any() * _LABEL
         if bool(bad.any()):
             raise ValueError(
                 _message(_LABEL, batch, self.num_classes, self.objective, f", got {int(y[bad][0])}")

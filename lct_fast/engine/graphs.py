@@ -121,21 +121,28 @@ class _Rates:
     """Learning rates on the device, where a graph reads them. Optimisers and schedulers keep plain numbers."""
 
     def __init__(self, worker: Worker) -> None:
+        # Torch records Adam only where this is set, and warns of it elsewhere; fused ones do not look at it.
+        self._flagged = [
+            g for o in _optimizers(worker) for g in o.param_groups if g.get("fused") and "capturable" in g
+        ]
         groups = [g for o in _optimizers(worker) for g in o.param_groups if not isinstance(g["lr"], Tensor)]
         self._held = [(g, torch.zeros((), device=worker.device)) for g in groups]
         self._known: list[float | None] = [None] * len(groups)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Optimisers read the device's inside."""
-        numbers = [g["lr"] for g, _ in self._held]
-        for g, rate in self._held:
-            g["lr"] = rate
+        """Optimisers read the device's inside, and let themselves be recorded."""
+        changed = [(g, "lr", rate) for g, rate in self._held] + [
+            (g, "capturable", True) for g in self._flagged
+        ]
+        before = [g[name] for g, name, _ in changed]
+        for g, name, value in changed:
+            g[name] = value
         try:
             yield
         finally:
-            for (g, _), number in zip(self._held, numbers, strict=True):
-                g["lr"] = number
+            for (g, name, _), value in zip(changed, before, strict=True):
+                g[name] = value
 
     def update(self) -> None:
         """Brings the device's up to date, behind what the current stream has been given."""
@@ -172,14 +179,14 @@ class GroupGraphs:
     def __init__(self, worker: Worker, device: Device, stream: Stream, *, required: bool) -> None:
         self.worker, self.device, self.stream, self.required = worker, device, stream, required
         self.depth = 1
-        self._rates = _Rates(worker)
         self._forget()
         for optimizer in _optimizers(worker):
-            # Loading gives an optimiser other tensors than those recorded.
+            # Loading gives an optimiser other tensors, and other groups of them, than those recorded.
             optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
 
     def _forget(self) -> None:
         self._slots: dict[int, _Slot] = {}
+        self._rates = _Rates(self.worker)
         self._steps = self._critic_steps = 0
         # Graphs of one group follow one another in one stream, so they can share memory.
         self._pool = self.device.pool()

@@ -13,12 +13,14 @@ vector clocks. What a device would get wrong now and then is an error here every
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +28,9 @@ from lct_fast.codecs.late import Late
 from lct_fast.engine import streams
 
 Clock = dict[str, int]
-_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+# The last one makes a number a tensor on the host, which then is copied while the host waits.
+_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "scalar_tensor")
+_ASKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
 class Disorder(AssertionError):
@@ -150,7 +154,10 @@ class Machine(TorchDispatchMode):
         self.recording, self._made = ops, set()
         self._saved: dict[int, tuple[Any, Any]] = {}
         try:
-            yield
+            with ExitStack() as asked:
+                for name in _ASKS:
+                    asked.enter_context(mock.patch.object(Optimizer, name, _capturable, create=True))
+                yield
         finally:
             self.recording = None
             for storage, before in self._saved.values():
@@ -274,6 +281,12 @@ class FakeLate(Late):
             return super().value()
         finally:
             self.machine.in_step = outside
+
+
+def _capturable(optimizer: Optimizer) -> None:
+    """What torch's Adam asks itself while it is recorded on a device."""
+    if not all(group["capturable"] for group in optimizer.param_groups):
+        raise RuntimeError("Attempting CUDA graph capture, but param_groups' capturable is False.")
 
 
 def _merge(clock: Clock, other: Clock) -> None:
