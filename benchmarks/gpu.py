@@ -33,7 +33,13 @@ PROFILED = 3
 PROFILE_LEAST_S = 30.0
 # At most: the decoupled step over the plain one, and shares of a step.
 OVERLAP_AIMS = {"against_plain": 1.15, "exposed_copy": 0.03, "launch_gaps": 0.05}
-TESTS = ("tests/test_ladder.py", "tests/reference", "tests/ops", "tests/kernels")
+TESTS = (
+    "tests/test_ladder.py",
+    "tests/reference",
+    "tests/ops",
+    "tests/kernels",
+    "tests/engine/test_on_gpu.py",
+)
 # The project's own settings, less those of plugins that a bare machine lacks.
 PYTEST_INI = """[pytest]
 addopts = --import-mode=importlib
