@@ -83,7 +83,7 @@ class Codec:
     """
 
     name: str
-    recordable = True
+    recordable = False
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuses what it cannot code: `shape` is the tensor's without the batch.

@@ -42,9 +42,6 @@ class VectorQuantization(Codec):
         depth: D; it has to divide C.
     """
 
-    # The host decides when a codebook is sent.
-    recordable = False
-
     def __init__(self, codewords: int = 256, depth: int = 8) -> None:
         if not 2 <= codewords <= ops.vq.MAX_CODEWORDS or depth < 1:
             raise ValueError(

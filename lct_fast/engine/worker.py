@@ -208,7 +208,7 @@ class Worker:
         if refused is not None:
             # So that every group behind, and the critic before, leaves the batch out.
             result.loss = result.loss.masked_fill(refused > 0, float("nan"))
-        gradients = [p.grad for p in self.group.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         bad = self.gate.look(result.loss, gradients, refused)
         for buffer, before in buffers:
             restore(buffer, before, bad)

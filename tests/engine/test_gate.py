@@ -215,6 +215,9 @@ def test_accumulated_gradients_are_not_used_either() -> None:
     for x, y in data[BAD:]:
         trainer.step(x, y)
     assert equal(before, all_of(trainer, 1))
+    # Group 1's critic has heard of it, and is not the one to blame.
+    with pytest.raises(lct.NonFiniteError, match=f"group 2 at batch {BAD}"):
+        trainer.settle()
 
 
 def test_a_sound_run_is_not_changed_by_the_gate() -> None:
