@@ -17,12 +17,10 @@ from lct_fast.codecs import Layout
 from lct_fast.engine import streams
 from lct_fast.engine.graphs import GroupGraphs, Inputs, Work, train_work, why_eager
 from lct_fast.engine.ring import Ring
+from lct_fast.engine.stage import DEPTH
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.streams import Device, Stream
 from lct_fast.engine.worker import Worker, check_flags
-
-# Slots between two groups: one is read while the other fills.
-DEPTH = 2
 
 
 @dataclass(slots=True)
@@ -123,6 +121,8 @@ class Ticks:
             ring = self.forward[0] = Ring(source, self.devices[0], self.depth)
         flags = [] if refused is None else [refused]
         ring.send(self.batch, [y, *flags, x], source.current())
+        # The caller may write over the batch. This waits for group 1 to have room, and for nothing behind it.
+        ring.wait_sent(self.batch, source.current())
         self.waiting[0] = _Cargo(self.batch, refused is not None)
 
     def _tick(self) -> Stats | None:
