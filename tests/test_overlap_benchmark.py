@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu, overlap
 from benchmarks.overlap import Task
 from benchmarks.sections import Context, SectionFailed
+from lct_fast.engine import streams
 
 SMALL = Task(device="cpu", batch=4, width=0.0625, steps=1, samples=2, least=1)
 
@@ -76,6 +78,16 @@ def test_sampling_stops_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> 
     task = Task(device="cpu", steps=1, samples=30, least=2)
     assert [len(v) for v in overlap.sample(task, {"a": step, "b": step}, 3).values()] == [2, 2]
     assert [len(v) for v in overlap.sample(task, {"a": step}, 8).values()] == [9]
+
+
+def test_nothing_copied_means_once_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.Tensor] = []
+    monkeypatch.setattr(streams.CudaDevice, "copy", lambda self, target, *_: copied.append(target))
+    device, slots = overlap.Uncopied(torch.device("cuda", 0)), [torch.zeros(2), torch.zeros(2)]
+    for _ in range(3):
+        for slot in slots:
+            device.copy(slot, torch.ones(2), None)
+    assert [t.data_ptr() for t in copied] == [t.data_ptr() for t in slots]
 
 
 def row(**values: float | None) -> dict[str, Any]:
