@@ -94,7 +94,7 @@ class Staged(streams.CudaDevice):
 
 
 class Uncopied(streams.CudaDevice):
-    """A device between whose groups nothing travels but the first time: they compute on the first batch in each slot."""
+    """A device whose groups send nothing but the first time: they compute on the first batch in each slot."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
