@@ -31,7 +31,15 @@ SANITIZER_SHARE = 0.35
 # Profiles of a section, and the seconds without which one is not begun.
 PROFILED = 3
 PROFILE_LEAST_S = 30.0
-TESTS = ("tests/test_ladder.py", "tests/reference", "tests/ops", "tests/kernels")
+# At most: the decoupled step over the plain one, and shares of a step.
+OVERLAP_AIMS = {"against_plain": 1.15, "exposed_copy": 0.03, "launch_gaps": 0.05}
+TESTS = (
+    "tests/test_ladder.py",
+    "tests/reference",
+    "tests/ops",
+    "tests/kernels",
+    "tests/engine/test_on_gpu.py",
+)
 # The project's own settings, less those of plugins that a bare machine lacks.
 PYTEST_INI = """[pytest]
 addopts = --import-mode=importlib
@@ -239,6 +247,26 @@ def profile(row: dict[str, Any], context: Context) -> dict[str, Any]:
     return {"shape": row["shape"], "status": status, "log": log, "said": _last_line(text)}
 
 
+def overlap(context: Context) -> dict[str, Any]:
+    """Times groups on streams of this device beside the compiled plain step."""
+    out = context.out / "overlap.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.overlap", "--out", str(context.out)]
+    command += ["--budget", f"{0.5 * context.left():.0f}"]
+    status, text = call(command, context, "overlap.log", _env(), ROOT)
+    found: dict[str, Any] = {"report": json.loads(out.read_text()) if out.exists() else {}}
+    found["line"] = _last_line(text)
+    if status:
+        raise SectionFailed(f"status {status}: {found['line']}", found)
+    found["missed"] = [
+        f"{row['groups']} groups, {name}: {row[name]}, aim {most}"
+        for row in found["report"]["rows"]
+        for name, most in OVERLAP_AIMS.items()
+        if row[name] is None or row[name] > most
+    ]
+    return found
+
+
 # What tells most comes first; benchmarks that are not named follow.
 FIRST = ("vq", "critic_head", "bn_relu_pool", "block_quantize")
 STEMS = (*FIRST, *(stem for stem in by_stem() if stem not in FIRST))
@@ -249,6 +277,7 @@ SECTIONS = (
     Section("correctness", "the test ladder on the device", correctness, 30),
     Section("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 30),
     *(Section(stem, f"{stem} beside torch and other packages", bench(stem), 30) for stem in STEMS),
+    Section("overlap", "groups on streams of this device beside the compiled plain step", overlap, 60),
 )
 
 

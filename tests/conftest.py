@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = items[index::count]
 
 
+def needs_gpus(count: int) -> pytest.MarkDecorator:
+    """Skips a test, by name, where there are fewer CUDA devices."""
+    found = torch.cuda.device_count()
+    return pytest.mark.skipif(found < count, reason=f"needs {count} CUDA devices, {found} here")
+
+
 def pytest_report_header() -> str:
     places = ", ".join(map(str, PLACES))
     missing = "" if torch.cuda.is_available() else " (no CUDA device: triton is interpreted, cuda is not run)"

@@ -149,6 +149,7 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         replicas=config.replicas,
         start_timeout=config.start_timeout,
         step_timeout=config.step_timeout,
+        graphs={"auto": None, "on": True, "off": False}[config.graphs],
     )
 
 
@@ -162,18 +163,30 @@ def _pace(config: Config, steps: int) -> dict[str, Any]:
 
 def _method(config: Config) -> Method:
     if config.method == LocalCritic.name:
-        return LocalCritic(
-            config.critic_every, config.critic_loss, partial(torch.optim.Adam, lr=config.critic_lr)
-        )
+        return LocalCritic(config.critic_every, config.critic_loss, partial(_critic_optimizer, config))
     return METHODS[config.method]()
 
 
 def _optimizer(config: Config, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    lr, decay = config.lr, config.weight_decay
+    lr, decay, params = config.lr, config.weight_decay, list(params)
+    fused = _on_cuda(params)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(params, lr, config.momentum, weight_decay=decay, nesterov=config.momentum > 0)
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(
+            params, lr, config.momentum, weight_decay=decay, nesterov=nesterov, fused=fused
+        )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(params, lr, weight_decay=decay)
+    return kind(params, lr, weight_decay=decay, fused=fused)
+
+
+def _critic_optimizer(config: Config, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    params = list(params)
+    return torch.optim.Adam(params, config.critic_lr, fused=_on_cuda(params))
+
+
+def _on_cuda(params: list[nn.Parameter]) -> bool:
+    """Whether torch's fused optimisers are the faster ones, and can be part of a CUDA graph."""
+    return all(p.is_cuda for p in params)
 
 
 def _scheduler(

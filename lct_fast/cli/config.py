@@ -87,6 +87,9 @@ class Config:
     checksum: bool | None = _option(
         None, "over processes, check the contents of packets; default: on the CPU"
     )
+    graphs: str = _option(
+        "auto", "CUDA graphs, pipelined in one process; auto: where they can be", ("auto", "on", "off")
+    )
     device: str = _option("auto", "auto | cpu | cuda | cuda:0,cuda:1")
     threads: int | None = _option(None, "CPU threads; default: torch's")
     seed: int = _option(0, "seed of weights, order and augmentation")
@@ -189,6 +192,8 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
             f"batch_size: it is shared equally by {config.replicas} replicas, got {config.batch_size}; use "
             f"{-(-config.batch_size // config.replicas) * config.replicas}"
         )
+    if config.graphs == "on" and config.schedule != "pipelined":
+        raise ConfigError("graphs: CUDA graphs are for --schedule pipelined in one process")
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
 

@@ -31,6 +31,8 @@ class Recorder:
         self.per_epoch, self.steps = per_epoch, steps
         self.done = trainer.batch
         self.seconds = 0.0
+        # Losses are read when they are written somewhere: until then no device is waited for.
+        self.unread: list[Stats] = []
         self.interval: list[torch.Tensor] = []
         self.epoch_sum = torch.zeros(len(trainer.groups))
         self.epoch_count = torch.zeros(len(trainer.groups))
@@ -38,6 +40,7 @@ class Recorder:
 
     def position(self) -> dict[str, Any]:
         """What a resumed run needs besides the trainer's state."""
+        self._read()
         return {
             "done": self.done,
             "seconds": self.seconds,
@@ -71,11 +74,7 @@ class Recorder:
         """A batch has been through all groups; those a pipeline has not filled yet are passed over."""
         if stats.batch < 0:
             return
-        losses = stats.losses.cpu()
-        self.interval.append(losses)
-        # A serial step knows the last exit's alone.
-        self.epoch_sum += losses.nan_to_num(0.0)
-        self.epoch_count += ~losses.isnan()
+        self.unread.append(stats)
         self.done = stats.batch + 1
         self.bar.update()
         if self.done % self.config.log_every == 0 or self.ends_epoch(self.done):
@@ -90,6 +89,7 @@ class Recorder:
 
     def epoch(self, result: Evaluation) -> None:
         """The epoch's evaluation is there."""
+        self._read()
         # Of the first group; when groups go at their own pace, the last one is elsewhere, or has finished.
         batch = self.trainer.batch
         epoch = -(-batch // self.per_epoch)
@@ -117,7 +117,17 @@ class Recorder:
         if self.bar is not None:
             self.bar.close()
 
+    def _read(self) -> None:
+        for stats in self.unread:
+            losses = stats.losses.cpu()
+            self.interval.append(losses)
+            # A serial step knows the last exit's alone.
+            self.epoch_sum += losses.nan_to_num(0.0)
+            self.epoch_count += ~losses.isnan()
+        self.unread = []
+
     def _log_interval(self) -> None:
+        self._read()
         losses = torch.stack(self.interval).nanmean(0).tolist()
         self.interval = []
         seconds = self.trainer.meter.step_seconds_median() or 0.0

@@ -18,6 +18,7 @@ from lct_fast.cli.info import device_name
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
 from lct_fast.engine import Trainer, checkpoint
+from lct_fast.engine.graphs import eager_lines
 from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
 from lct_fast.engine.trace import write_trace
@@ -93,6 +94,7 @@ def train(
             _print_choices(trainer)
     if processes.is_first() and not quiet:
         _print_map(trainer)
+    told = _tell_eager(config, trainer, [], quiet)
     recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet)
     if found is not None:
         recorder.restore(checkpoint.load(trainer, found))
@@ -121,6 +123,8 @@ def train(
         raise
     finally:
         folder.close()
+    # What only shows when it is recorded.
+    _tell_eager(config, trainer, told, quiet)
     meter, offsets = trainer.gather_meter()
     processes.leave()
     if result is None:
@@ -166,6 +170,15 @@ def _serial(trainer: Trainer, meter: Meter) -> dict[str, Any] | None:
         "bytes_per_sample": meter.per_sample(meter.serial_bytes),
         "seconds": meter.serial_seconds,
     }
+
+
+def _tell_eager(config: Config, trainer: Trainer, told: list[str], quiet: bool) -> list[str]:
+    """Prints why groups run without CUDA graphs, but for what was told."""
+    lines = [] if config.graphs == "off" else eager_lines(trainer.workers)
+    for line in lines:
+        if line not in told and not quiet:
+            print(line, flush=True)
+    return lines
 
 
 def _summary(

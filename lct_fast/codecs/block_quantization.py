@@ -20,6 +20,8 @@ class BlockQuantization(Codec):
         block: values that share a scale: 32, 64, 128 or 256.
     """
 
+    recordable = True
+
     def __init__(self, kind: str, block: int = 64) -> None:
         # Refuses what is none of these, with the op's own words.
         ops.block_quantize(torch.zeros(0), kind, block)

@@ -12,6 +12,7 @@ class Cast(Codec):
     """Rounds to bfloat16: half the bytes of fp32."""
 
     name = "bf16"
+    recordable = True
 
     def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
         x = dense(h)

@@ -81,10 +81,13 @@ class Codec:
     Attributes:
         name: the spec that builds it.
         replicas: who else encodes parts of the same batch; see ``join``.
+        recordable: whether coding is the same work for the device each time, with nothing for the host to decide or
+            count; it can then be part of a CUDA graph.
     """
 
     name: str
     replicas: Replicas = Alone()
+    recordable = False
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuses what it cannot code: `shape` is the tensor's without the batch.

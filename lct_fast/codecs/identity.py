@@ -11,6 +11,7 @@ class Identity(Codec):
     """Sends the tensor unchanged."""
 
     name = "none"
+    recordable = True
 
     def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
         x = dense(h)

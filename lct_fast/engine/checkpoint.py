@@ -152,6 +152,9 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     same = manifest.get("replicas", 1) == trainer.replicas
     if not same:
         _check_closed(path, manifest, trainer)
+    # What is under way ends before its state goes; a batch that failed is no matter any more.
+    with suppress(ValueError):
+        trainer.settle()
     read = {}
     for worker in trainer.workers:
         # The group behind keeps the losses that this one's critic is owed.

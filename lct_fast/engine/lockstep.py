@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lct_fast.engine.serial import SerialSteps
 from lct_fast.engine.stats import Stats
-from lct_fast.engine.worker import Worker
+from lct_fast.engine.worker import Worker, check_flags
 
 
 class Lockstep:
@@ -24,8 +24,9 @@ class Lockstep:
         self.batch = 0
         self.serial = SerialSteps(workers) if workers[0].settings.hybrid else None
 
-    def step(self, x: Tensor, y: Tensor) -> Stats:
-        """Trains every group on one batch."""
+    def step(self, x: Tensor, y: Tensor, refused: Tensor | None = None) -> Stats:
+        """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1."""
+        check_flags(self.workers)
         if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
             stats = self.serial.step(self.batch, x, y)
             self.batch += 1
@@ -36,7 +37,8 @@ class Lockstep:
             meter = worker.meter
             meter.begin(batch)
             target = y.to(worker.device)
-            result = worker.train(batch, worker.place(h), target)
+            bad = refused if refused is None else refused.to(worker.device)
+            result = worker.train(batch, worker.place(h), target, bad)
             losses.append(worker.mean(result.loss, target).to(self.workers[0].device))
             worker.update(batch)
             if worker.owes(batch):

@@ -26,28 +26,53 @@ class RandomStream:
         self.device = device
         name = f"{seed},{group},{replica}" if replica else f"{seed},{group}"
         digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int.from_bytes(digest, "little"))
-            self.state = self._read()
+        number = int.from_bytes(digest, "little")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(number)
+            self._host = torch.get_rng_state()
+        # On a device a generator of its own stands in for torch's: CUDA graphs remember the one they were captured
+        # with, and move it on with each replay.
+        self._generator: torch.Generator | None = None
+        if device.type == "cuda":
+            self._generator = torch.Generator(device).manual_seed(number)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """As plain tensors on the host, for checkpoints."""
+        state = {"cpu": self._host}
+        if self._generator is not None:
+            state["cuda"] = self._generator.get_state()
+        return state
+
+    @state.setter
+    def state(self, state: dict[str, Tensor]) -> None:
+        self._host = state["cpu"]
+        if self._generator is not None and "cuda" in state:
+            self._generator.set_state(state["cuda"])
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Torch's generators continue this stream inside, and are as they were afterwards."""
-        outside = self._read()
-        self._write(self.state)
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._host)
+        try:
+            with self._on_device():
+                yield
+        finally:
+            self._host = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        if self._generator is None:
+            yield
+            return
+        torch.cuda.init()
+        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        default = torch.cuda.default_generators[index]
+        outside = default.graphsafe_get_state()
+        default.graphsafe_set_state(self._generator.graphsafe_get_state())
         try:
             yield
         finally:
-            self.state = self._read()
-            self._write(outside)
-
-    def _read(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def _write(self, state: dict[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+            default.graphsafe_set_state(outside)

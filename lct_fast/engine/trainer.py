@@ -15,7 +15,7 @@ from lct_fast.engine import auto_codec
 from lct_fast.engine.async_stage import AsyncStage
 from lct_fast.engine.asynchronous import Asynchronous
 from lct_fast.engine.auto_codec import Choice
-from lct_fast.engine.batch_check import check_batch
+from lct_fast.engine.batch_check import BatchCheck
 from lct_fast.engine.exits import Evaluation, summed
 from lct_fast.engine.group import Group, exit_module, join
 from lct_fast.engine.hybrid import Hybrid
@@ -26,7 +26,7 @@ from lct_fast.engine.ranks import Ranks
 from lct_fast.engine.stage import DEPTH, Stage
 from lct_fast.engine.stats import Event, Stats
 from lct_fast.engine.ticks import Ticks
-from lct_fast.engine.worker import SchedulerFactory, Settings, Worker
+from lct_fast.engine.worker import SchedulerFactory, Settings, Worker, check_flags
 from lct_fast.engine.writer import Writer
 from lct_fast.methods import Greedy, Method, Objective
 from lct_fast.methods.method import OptimizerFactory
@@ -38,7 +38,9 @@ PIPELINED_DELAY = DEPTH + 1
 
 
 def _sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    params = list(params)
+    fused = all(p.is_cuda for p in params)
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
 
 
 class Trainer:
@@ -103,6 +105,8 @@ class Trainer:
             done (compilation, loading, warm-up). Beyond that all processes end with an error that names it.
         step_timeout: the same from the first batch on: more than the longest step, and than the longest pause between
             two calls of ``step`` (``beat`` in longer ones).
+        graphs: pipelined in one process, run each group as CUDA graphs: True, False, or None for where they can be;
+            ``workers[k].eager_because`` says why not.
 
     Attributes:
         wires: the codec's spec for each cut.
@@ -145,6 +149,7 @@ class Trainer:
         replicas: int = 1,
         start_timeout: float = 600.0,
         step_timeout: float = 60.0,
+        graphs: bool | None = None,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -220,6 +225,7 @@ class Trainer:
             checksum=checksum,
             hybrid=self.hybrid,
         )
+        self._check = BatchCheck(self.num_classes, self.objective)
         count = len(self.groups)
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         seed = torch.initial_seed()
@@ -257,8 +263,12 @@ class Trainer:
             self._run = Stage(self.workers[0], self.ranks)
         elif schedule == "async":
             self._run = Asynchronous(self.workers, pace, seed)
+        elif pipelined:
+            self._run = Ticks(self.workers, graphs)
         else:
-            self._run = (Ticks if pipelined else Lockstep)(self.workers)
+            self._run = Lockstep(self.workers)
+        if graphs and not isinstance(self._run, Ticks):
+            raise ValueError("graphs=True: CUDA graphs are for the pipelined schedule in one process")
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
         self.replica = self.workers[0].replicas.index
         self.replicas = replicas
@@ -292,7 +302,8 @@ class Trainer:
 
         Raises:
             ValueError: shapes or labels that do not fit.
-            NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated.
+            NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated. On a CUDA device
+                it comes two batches later, and tells which batch it was.
             OutOfMemoryError: names the group.
             PeerError: another group's process has gone.
             CheckpointError: one begun earlier could not be written.
@@ -302,11 +313,16 @@ class Trainer:
                 "step belongs to the first group's process: follow it with `for event in events()`"
             )
         self.writer.check()
-        check_batch(x, y, self.batch, self.num_classes, self.objective)
+        if isinstance(self._run, Lockstep | Ticks):
+            y, refused = self._check(x, y, self.batch)
+        else:
+            y, refused = self._check(x, y, self.batch, at_once=True)
         if self.hybrid is not None:
             self.hybrid.check_rows(len(x))
         start = time.perf_counter()
-        stats = self._run.step(x, y)
+        stats = (
+            self._run.step(x, y, refused) if isinstance(self._run, Lockstep | Ticks) else self._run.step(x, y)
+        )
         self.meter.step_seconds.append(time.perf_counter() - start)
         return stats
 
@@ -355,7 +371,9 @@ class Trainer:
 
     def drain(self) -> list[Stats]:
         """Pipelined in one process: lets every group catch up with the first; what that finished. Changes no result."""
-        return [] if isinstance(self._run, Stage) else self._run.drain()
+        done = [] if isinstance(self._run, Stage) else self._run.drain()
+        self._read_flags()
+        return done
 
     def gather_meter(self) -> tuple[Meter, list[float]]:
         """The meter of all groups, and the seconds each one's clock is ahead of the first's.
@@ -381,10 +399,17 @@ class Trainer:
         """As ``drain``, and what it finished is told by the next steps or ``drain``."""
         if isinstance(self._run, Ticks):
             self._run.finished = self._run.drain()
+        self._read_flags()
+
+    def _read_flags(self) -> None:
+        """Raises what a device has flagged and nobody has read yet."""
+        self._check.check(late=1)
+        check_flags(self.workers, late=1)
 
     def flush(self) -> None:
         """Applies the feedback still in flight. For the end of a run, not between epochs."""
         self._run.flush()
+        self._read_flags()
 
     def mark(self, code: int) -> None:
         """Over processes: every other process gets ``Mark(batch, code)`` behind the batches so far."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from lct_fast import codecs
 from lct_fast.codecs import Codec, Encoded
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
 from lct_fast.engine.exits import score
+from lct_fast.engine.gate import LATE, Gate, restore
 from lct_fast.engine.group import Group
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.meter import GroupMeter
@@ -80,6 +81,8 @@ class Worker:
         owed: losses [N] of the latest ``feedback_delay`` batches that the group before learns from, oldest first.
         meter: the group's own.
         kept: what a schedule has beside it that a checkpoint keeps with the group.
+        gate: finds NaN and Inf on a device; None on the host, where it is seen at once.
+        eager_because: why the group does not run as CUDA graphs; None if it does, or nobody asked.
     """
 
     def __init__(
@@ -117,6 +120,10 @@ class Worker:
         self.owed: deque[tuple[int, Tensor]] = deque()
         self.meter = GroupMeter(index, group.last)
         self.kept: Stateful | None = None
+        # One replica alone must not leave out an update: with several the host looks, as it does for the CPU.
+        gated = device.type == "cuda" and self.replicas.count == 1
+        self.gate = Gate(index, device) if gated else None
+        self.eager_because: str | None = None
 
     def set_codecs(self, decoder: str | None, encoder: str | None) -> None:
         """The specs of what comes and of what leaves; None where nothing does."""
@@ -152,21 +159,57 @@ class Worker:
             self.device, memory_format=settings.memory_format if h.dim() == 4 else torch.preserve_format
         )
 
-    def train(self, batch: int, h: Tensor, target: Tensor) -> LocalStep:
+    def train(self, batch: int, h: Tensor, target: Tensor, refused: Tensor | None = None) -> LocalStep:
         """Forward, local loss and local backward on batch number ``batch``; gradients are left in ``.grad``.
 
         Args:
             h: h_{k-1} [N, ...], on the group's device.
             target: as in ``Trainer.step``, on the group's device.
+            refused: 0-dim, 1 where the batch must leave no trace; on the group's device.
 
         Raises:
             NonFiniteError, OutOfMemoryError: they name the group; nothing was updated.
         """
+        self.check()
+        result = self.compute(batch, h, target, refused)
+        self.took(batch, len(h), result)
+        return result
+
+    def check(self, late: int = LATE) -> None:
+        """Raises the NonFiniteError of a batch that a device has flagged; with ``late`` 1 of any up to now."""
+        if self.gate is not None:
+            self.gate.check(late)
+
+    def took(self, batch: int, samples: int, result: LocalStep) -> None:
+        """What the host keeps of a batch that ``compute`` has been through."""
+        self.meter.samples += samples
+        if result.slot is not None and self.wants(batch):
+            self.pending.append(Pending(batch, result.slot))
+        if self.gate is not None:
+            self.gate.report(batch)
+
+    def wants(self, batch: int) -> bool:
+        """Whether the critic learns from ``batch`` once the next group's loss is known."""
+        method = self.settings.method
+        return (
+            not self.last
+            and method.uses_feedback
+            and method.wants_feedback(batch // self.settings.accumulate)
+        )
+
+    def compute(
+        self,
+        batch: int,
+        h: Tensor,
+        target: Tensor,
+        refused: Tensor | None = None,
+        keep_slot: bool | None = None,
+    ) -> LocalStep:
+        """The part of ``train`` that is work for the device; ``keep_slot``: whether the batch's slot is wanted."""
         settings = self.settings
-        update = batch // settings.accumulate
-        keep = not self.last and settings.method.uses_feedback and settings.method.wants_feedback(update)
         self.group.train()
         version = h._version
+        buffers = [] if self.gate is None else [(b, b.clone()) for b in self.group.buffers()]
         try:
             averaging = self.replicas.averaging(self._ends_update(batch))
             with averaging, self.random.active(), self.autocast():
@@ -176,7 +219,7 @@ class Worker:
                     target,
                     settings.objective,
                     self._scale(target, settings.accumulate),
-                    keep_slot=keep,
+                    keep_slot=self.wants(batch) if keep_slot is None else keep_slot,
                     span=self.meter.span,
                 )
         except RuntimeError as error:
@@ -191,10 +234,16 @@ class Worker:
                 f"group {self.index + 1} changed its input in place ({self.group.units[0]}): what crosses a cut is "
                 f"shared, use inplace=False in the first layer after it"
             )
-        self._check_finite(batch, result.loss)
-        self.meter.samples += len(h)
-        if result.slot is not None:
-            self.pending.append(Pending(batch, result.slot))
+        if self.gate is None:
+            self._check_finite(batch, result.loss)
+            return result
+        if refused is not None:
+            # So that every group behind, and the critic before, leaves the batch out.
+            result.loss = result.loss.masked_fill(refused > 0, float("nan"))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        bad = self.gate.look(result.loss, gradients, refused)
+        for buffer, before in buffers:
+            restore(buffer, before, bad)
         return result
 
     def encode(self, h: Tensor) -> Encoded:
@@ -202,9 +251,13 @@ class Worker:
         assert self.encoder is not None, "nothing crosses behind the last group"
         with self.meter.span("encode"):
             coded = self.encoder.encode(h)
+        self.sent(coded, h)
+        return coded
+
+    def sent(self, coded: Encoded, h: Tensor) -> None:
+        """Counts what travels of h_k."""
         self.meter.wire_bytes += coded.nbytes
         self.meter.raw_bytes += h.numel() * 4
-        return coded
 
     def decode(self, coded: Encoded, decoder: Codec | None = None) -> Tensor:
         """h_{k-1}, on the group's device; by the cut's own decoder if no other is named."""
@@ -236,16 +289,28 @@ class Worker:
 
     def update(self, batch: int) -> None:
         """The optimiser's step, if ``batch`` ends an accumulation, and the schedulers'."""
-        if self.optimizer is None or not self._ends_update(batch):
+        if self._ends_update(batch):
+            self.apply_gradients()
+            self.advance_schedulers()
+
+    def apply_gradients(self) -> None:
+        """The optimiser's step: work for the device."""
+        if self.optimizer is None:
             return
         with self.meter.span("optimizer"):
             self.replicas.average(self._by_hand)
             if self.settings.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-            self.optimizer.step()
+            if self.gate is None:
+                self.optimizer.step()
+            else:
+                self.gate.step(self.optimizer, self.gate.found)
             self.optimizer.zero_grad(set_to_none=True)
-            for scheduler in self.schedulers:
-                scheduler.step()
+
+    def advance_schedulers(self) -> None:
+        """The schedulers' step: work for the host."""
+        for scheduler in self.schedulers:
+            scheduler.step()
 
     def awaited(self, through: int) -> list[int]:
         """Batches up to ``through`` whose feedback has not come yet."""
@@ -263,13 +328,13 @@ class Worker:
         """After ``update`` on ``batch``: the critic learns from the batch ``feedback_delay`` before it."""
         self._apply(batch - self.settings.feedback_delay)
         if self._ends_update(batch):
-            self._update_critic()
+            self.update_critic()
 
     def flush(self, batch: int) -> None:
         """Applies all feedback up to ``batch``, as one update of the critic."""
         if self.pending:
             self._apply(batch)
-            self._update_critic()
+            self.update_critic()
 
     def forward(self, h: Tensor) -> Tensor:
         """h_k in evaluation mode, for groups behind that still learn when this one has finished."""
@@ -325,18 +390,26 @@ class Worker:
                     f"group {self.index + 1}: the feedback of batch {pending.batch} is missing"
                 )
             self.meter.feedback_bytes += pending.next_loss.nbytes
-            with self.meter.span("critic update"):
-                self.settings.method.critic_step(
-                    self.critic, pending.slot, pending.next_loss, self.settings.objective
-                )
+            self.hear(pending.slot, pending.next_loss)
 
-    def _update_critic(self) -> None:
+    def hear(self, slot: Slot, next_loss: Tensor) -> None:
+        """The critic's gradients from one batch: work for the device."""
+        if self.gate is not None:
+            self.gate.hear((slot.loss, next_loss))
+        with self.meter.span("critic update"):
+            self.settings.method.critic_step(self.critic, slot, next_loss, self.settings.objective)
+
+    def update_critic(self) -> None:
+        """The step of the critic's own optimiser, if there are gradients: work for the device."""
         optimizer = self.critic_optimizer
         if optimizer is None or all(p.grad is None for p in self.critic.parameters()):
             return
         with self.meter.span("critic update"):
             self.replicas.average(self.critic.parameters())
-            optimizer.step()
+            if self.gate is None:
+                optimizer.step()
+            else:
+                self.gate.step(optimizer, self.gate.critic)
             optimizer.zero_grad(set_to_none=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -351,6 +424,27 @@ class Worker:
                 f"the loss of group {self.index + 1} at batch {batch} is NaN or Inf: the group was not updated; "
                 f"lower its learning rate and go on from the last checkpoint"
             )
+
+
+def check_flags(
+    workers: Sequence[Worker],
+    on: Callable[[int], AbstractContextManager[Any]] = lambda k: nullcontext(),
+    late: int = LATE,
+) -> None:
+    """``check`` of every group, between steps; ``on(k)`` is where group k's device works.
+
+    Raises:
+        NonFiniteError: that of the first group; those behind it have had the same batch, and say no more of it.
+    """
+    try:
+        for k, worker in enumerate(workers):
+            with on(k):
+                worker.check(late)
+    except NonFiniteError:
+        for k, worker in enumerate(workers):
+            with on(k), suppress(NonFiniteError):
+                worker.check(late=1)
+        raise
 
 
 def learning_rate(workers: Iterable[Worker]) -> float | None:

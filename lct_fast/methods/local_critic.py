@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,8 +25,9 @@ from lct_fast.methods.method import (
 from lct_fast.methods.objective import Objective
 
 
-def _paper_adam(params: object) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, lr=1e-4)  # type: ignore[arg-type]
+def _paper_adam(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    params = list(params)
+    return torch.optim.Adam(params, lr=1e-4, fused=all(p.is_cuda for p in params))
 
 
 class LocalCritic(Method):

@@ -203,6 +203,12 @@ def test_refusals_are_one_line_with_status_2_and_leave_nothing(
         (["--schedule", "serial"], "schedule: expected one of lockstep, pipelined, async; got 'serial'"),
         (["--schedule", "pipelined", "--method", "backprop"], "backprop has no pipelined schedule here"),
         (["--schedule", "pipelined", "--feedback-delay", "0"], "pipelined needs 1 or more, got 0"),
+        (["--graphs", "yes"], "graphs: expected one of auto, on, off; got 'yes'"),
+        (["--graphs", "on"], "graphs: CUDA graphs are for --schedule pipelined in one process"),
+        (
+            ["--graphs", "on", "--schedule", "pipelined", "--device", "cpu"],
+            "cannot run as CUDA graphs: it runs on the",
+        ),
         (["--split", "conv2", "conv9", "conv3"], "'conv9' is not a place to cut"),
         (["--critic", "mlp_aux"], "local-critic needs critics of convolutions and linear layers"),
         (["--device", "cuda:7"], "device cuda:7: this machine shows"),
@@ -313,6 +319,15 @@ def test_config_file_and_flags(tmp_path: Path) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(_weights(run).values(), _weights(again).values(), strict=True)
     )
+
+
+def test_why_there_are_no_graphs_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ("--steps", "2", "--schedule", "pipelined", "--device", "cpu", "--groups", "2")
+    line = "no CUDA graphs for group 1, 2: it runs on the cpu"
+    assert _train(tmp_path / "auto", *run) == 0
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    assert _train(tmp_path / "off", *run, "--graphs", "off") == 0
+    assert "CUDA graphs" not in capsys.readouterr().out
 
 
 def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
