@@ -17,7 +17,7 @@ from lct_fast.cli.config import Config, add_arguments, given, resolve
 from lct_fast.cli.info import device_name
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
-from lct_fast.engine import Trainer, checkpoint
+from lct_fast.engine import CheckpointError, Trainer, checkpoint
 from lct_fast.engine.graphs import eager_lines
 from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
@@ -118,7 +118,7 @@ def train(
     except BaseException:
         if not several:
             # What was begun needs nobody else to be completed.
-            with suppress(checkpoint.CheckpointError):
+            with suppress(CheckpointError):
                 trainer.finish_saving()
         raise
     finally:

@@ -1,6 +1,13 @@
 """The engine: groups, what crosses between them, and the schedules that train them. It knows no formula."""
 
-from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, PacketError, PeerError, ReplicaError
+from lct_fast.engine.errors import (
+    CheckpointError,
+    NonFiniteError,
+    OutOfMemoryError,
+    PacketError,
+    PeerError,
+    ReplicaError,
+)
 from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.group import Group
 from lct_fast.engine.hybrid import Hybrid
@@ -9,6 +16,7 @@ from lct_fast.engine.stats import Mark, Stats
 from lct_fast.engine.trainer import Trainer
 
 __all__ = [
+    "CheckpointError",
     "Evaluation",
     "Group",
     "Hybrid",

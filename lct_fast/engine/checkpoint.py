@@ -17,34 +17,31 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lct_fast.engine.errors import CheckpointError, first_line
+from lct_fast.engine.group_state import (
+    part_of,
+    random_states,
+    restore_random_states,
+    snapshot,
+    unpack,
+    unpack_worker,
+)
 from lct_fast.engine.trainer import Trainer
-from lct_fast.engine.worker import Pending, Worker
-from lct_fast.methods import Slot
+from lct_fast.engine.worker import Worker
 
 FORMAT = 3
 # Seconds between two looks for what other processes write.
 _POLL = 0.02
-_COUNTERS = (
-    *("samples", "wire_bytes", "raw_bytes", "feedback_bytes"),
-    *("serial_steps", "serial_seconds", "serial_bytes"),
-    *("updates", "reused", "age"),
-)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another run."""
 
 
 def latest(folder: Path) -> Path | None:
@@ -111,10 +108,10 @@ def save(
         # Replicas meet here, and so begin to write only when replica 0 has swept.
         worker.compare_codebooks()
         worker.compare_weights()
-    snapshots = [(_stem(w.index, w.replicas.index), *_snapshot(w)) for w in trainer.workers]
+    snapshots = [(_stem(w.index, w.replicas.index), *snapshot(w)) for w in trainer.workers]
     complete = None
     if trainer.reports:
-        rng, manifest = _random_states(), _manifest(trainer, extra or {})
+        rng, manifest = random_states(), _manifest(trainer, extra or {})
         complete = partial(_complete, unfinished, final, rng, manifest, keep, trainer.patience)
     alone = trainer.first and trainer.last
     trainer.writer.submit(partial(_write, unfinished, final, snapshots, complete, alone))
@@ -132,6 +129,11 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged files, a checkpoint of another model, split or method, or one of another
             number of replicas in which feedback or an accumulation is open.
     """
+    with _sense(path):
+        return _load(trainer, path)
+
+
+def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     if manifest["method"] != trainer.method.name:
         raise CheckpointError(
@@ -167,31 +169,32 @@ def load(trainer: Trainer, path: Path) -> dict[str, Any]:
     rng = _read(path, "rng.safetensors", manifest["sha256"].get("rng.safetensors"))
     for worker in trainer.workers:
         fresh = worker.random.state
-        _unpack_worker(worker, *read[worker.index])
+        unpack_worker(worker, *read[worker.index])
         if not same:
             worker.owed.clear()
             if trainer.replica > 0:
                 worker.random.state = fresh
         if worker.pending:
-            owed = dict(_unpack(read[worker.index + 1][1]["owed"], read[worker.index + 1][0]))
+            owed = dict(unpack(read[worker.index + 1][1]["owed"], read[worker.index + 1][0]))
             for pending in worker.pending:
                 if pending.batch not in owed:
                     raise CheckpointError(f"{path} lacks the feedback of batch {pending.batch}")
                 pending.next_loss = owed[pending.batch].to(worker.device)
     trainer.batch = manifest["batch"]
     _tell_heart(trainer, path.parent)
-    _restore_random_states(rng)
+    restore_random_states(rng)
     return manifest["extra"]
 
 
 def load_weights(trainer: Trainer, path: Path) -> dict[str, Any]:
     """As ``load``, weights and buffers only: for evaluation and export."""
-    manifest = read_manifest(path)
-    for worker in trainer.workers:
-        tensors, _ = _read_group(path, worker.index, manifest)
-        _check_state(path, worker, tensors)
-        worker.group.load_state_dict(_part(tensors, "group."))
-    return manifest["extra"]
+    with _sense(path):
+        manifest = read_manifest(path)
+        for worker in trainer.workers:
+            tensors, _ = _read_group(path, worker.index, manifest)
+            _check_state(path, worker, tensors)
+            worker.group.load_state_dict(part_of(tensors, "group."))
+        return manifest["extra"]
 
 
 def files(groups: int, replicas: int) -> list[str]:
@@ -331,9 +334,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+@contextmanager
+def _sense(path: Path) -> Iterator[None]:
+    """Hashes may be right and contents make no sense: that is refused like any damage, in one line."""
+    try:
+        yield
+    except (OSError, CheckpointError):
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged (its contents do not belong together: {type(error).__name__}, {first_line(error)}): "
+            f"use an older checkpoint"
+        ) from error
+
+
 def _verify(path: Path) -> None:
     """Raises CheckpointError unless every file's hash is the one noted."""
-    manifest = read_manifest(path)
+    with _sense(path):
+        _verify_hashes(path, read_manifest(path))
+
+
+def _verify_hashes(path: Path, manifest: dict[str, Any]) -> None:
     for name, sha256 in manifest["sha256"].items():
         _check_hash(path / name, sha256)
     for name in files(len(manifest["units"]), manifest["replicas"]):
@@ -392,7 +413,7 @@ def _check_hash(file: Path, sha256: str | None) -> None:
 
 
 def _check_state(path: Path, worker: Worker, tensors: dict[str, Tensor]) -> None:
-    saved = {n: tuple(t.shape) for n, t in _part(tensors, "group.").items()}
+    saved = {n: tuple(t.shape) for n, t in part_of(tensors, "group.").items()}
     wanted = {n: tuple(t.shape) for n, t in worker.group.state_dict().items()}
     if saved != wanted:
         odd = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
@@ -414,177 +435,6 @@ def _check_kept(path: Path, worker: Worker, description: dict[str, Any]) -> None
         raise CheckpointError(
             f"{path} holds no replay buffers: it is of a run with another schedule than async"
         )
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _snapshot(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of a group in host memory, where no later step changes it."""
-    tensors, description = _pack_worker(worker)
-    copies = {
-        n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t.detach(), non_blocking=True)
-        for n, t in tensors.items()
-    }
-    for device in {t.device for t in tensors.values() if t.is_cuda}:
-        # All copies are on their way at once; the next step may write over what they read.
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(device))
-        event.synchronize()
-    return copies, description
-
-
-def _pack_worker(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copies of a group's state; what all replicas share is replica 0's to keep."""
-    tensors, description = _pack_own(worker)
-    if worker.replicas.index == 0:
-        _pack_shared(worker, tensors, description)
-    return tensors, description
-
-
-def _pack_shared(worker: Worker, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    tensors |= {f"group.{n}": t for n, t in worker.group.state_dict().items()}
-    description["units"] = worker.group.units
-    for name in ("optimizer", "critic_optimizer"):
-        optimizer = getattr(worker, name)
-        description[name] = None if optimizer is None else _pack(optimizer.state_dict(), name, tensors)
-    description["schedulers"] = [
-        _pack(_plain(s.state_dict()), f"scheduler.{i}", tensors) for i, s in enumerate(worker.schedulers)
-    ]
-    for name in ("decoder", "encoder"):
-        codec = getattr(worker, name)
-        description[name] = codec and {"codec": codec.name, "state": _pack(codec.state(), name, tensors)}
-
-
-def _pack_own(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What differs between replicas of a group."""
-    saved = worker.group.state_dict()
-    tensors: dict[str, Tensor] = {
-        f"group.{n}": saved[n] for n, _ in worker.group.named_buffers() if n in saved
-    }
-    # Inside an accumulation there are gradients to keep.
-    tensors |= {f"grad.{n}": p.grad for n, p in worker.group.named_parameters() if p.grad is not None}
-    description: dict[str, Any] = {
-        "pending": [_pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.pending)]
-    }
-    description["owed"] = _pack(list(worker.owed), "owed", tensors)
-    description["kept"] = worker.kept and _pack(worker.kept.state(), "kept", tensors)
-    description["random"] = _pack(worker.random.state, "random", tensors)
-    description["meter"] = {name: getattr(worker.meter, name) for name in _COUNTERS}
-    return tensors, description
-
-
-def _unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    worker.group.load_state_dict(_part(tensors, "group."))
-    gradients = _part(tensors, "grad.")
-    for name, parameter in worker.group.named_parameters():
-        gradient = gradients.get(name)
-        parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient)
-    for name in ("optimizer", "critic_optimizer"):
-        if description[name] is not None:
-            getattr(worker, name).load_state_dict(_unpack(description[name], tensors))
-    for scheduler, state in zip(worker.schedulers, description["schedulers"], strict=True):
-        scheduler.load_state_dict(_unpack(state, tensors))
-    worker.pending.clear()
-    for state in description["pending"]:
-        worker.pending.append(_pending(_unpack(state, tensors), worker.device))
-    owed = _unpack(description["owed"], tensors)
-    worker.owed = deque((batch, loss.to(worker.device)) for batch, loss in owed)
-    for name in ("decoder", "encoder"):
-        if description[name] is not None:
-            state = _unpack(description[name]["state"], tensors)
-            getattr(worker, name).load_state(state, worker.device)
-    if worker.kept is not None:
-        worker.kept.load_state(_unpack(description["kept"], tensors))
-    worker.random.state = _unpack(description["random"], tensors)
-    for name, value in description["meter"].items():
-        setattr(worker.meter, name, value)
-
-
-def _pending_state(pending: Pending) -> dict[str, Any]:
-    slot = pending.slot
-    return {
-        "batch": pending.batch,
-        "u": slot.u,
-        "dlogits": slot.dlogits,
-        "loss": slot.loss,
-        "scale": slot.scale,
-        "target": slot.target,
-        "layers": {n: list(pair) for n, pair in slot.layers.items()},
-    }
-
-
-def _pending(state: dict[str, Any], device: torch.device) -> Pending:
-    names = ("u", "dlogits", "loss", "scale", "target")
-    tensors = {n: state[n] if state[n] is None else state[n].to(device) for n in names}
-    layers = {n: (x.to(device), g.to(device)) for n, (x, g) in state["layers"].items()}
-    slot = Slot(**tensors, layers=layers)
-    return Pending(state["batch"], slot)
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's state without what it was built with (functions, its optimiser)."""
-    return {n: v for n, v in state.items() if not isinstance(v, Callable) and not _holds_function(v)}  # type: ignore[arg-type]
-
-
-def _holds_function(value: Any) -> bool:
-    return isinstance(value, list) and any(callable(v) for v in value)
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON; tensors go to ``tensors`` under names that begin with ``name``."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        packed: dict[str, Any] = {"tensor": name}
-        if (
-            value.dim() == 4
-            and not value.is_contiguous()
-            and value.is_contiguous(memory_format=torch.channels_last)
-        ):
-            packed["channels_last"] = True
-        return packed
-    if isinstance(value, dict):
-        kind = "counter" if isinstance(value, Counter) else "dict"
-        return {kind: [[k, _pack(v, f"{name}.{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise CheckpointError(f"cannot save {name}: {type(value).__name__} is neither a tensor nor plain data")
-
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        tensor = tensors[value["tensor"]]
-        return tensor.to(memory_format=torch.channels_last) if value.get("channels_last") else tensor
-    ((kind, items),) = value.items()
-    if kind in ("dict", "counter"):
-        unpacked = {k: _unpack(v, tensors) for k, v in items}
-        return Counter(unpacked) if kind == "counter" else unpacked
-    sequence = [_unpack(v, tensors) for v in items]
-    return tuple(sequence) if kind == "tuple" else sequence
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _restore_random_states(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    for name, state in states.items():
-        if (
-            name.startswith("cuda:")
-            and torch.cuda.is_available()
-            and int(name[5:]) < torch.cuda.device_count()
-        ):
-            torch.cuda.set_rng_state(state, name)
 
 
 def _sha256(path: Path) -> str:

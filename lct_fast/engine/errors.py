@@ -25,6 +25,10 @@ class ReplicaError(RuntimeError):
     """Replicas that must be the same have drifted apart."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without torch's source position."""
     lines = str(error).splitlines() or [type(error).__name__]

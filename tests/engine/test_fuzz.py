@@ -1,4 +1,4 @@
-"""Damaged packets under AddressSanitizer; 10,000 of them: ``python -m tests.engine.fuzz_packets``."""
+"""Damaged packets and checkpoints; 10,000 of each: ``python -m tests.engine.fuzz_packets`` and ``fuzz_checkpoints``."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import fuzz_packets
+from tests.engine import fuzz_checkpoints, fuzz_packets
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +60,9 @@ def test_what_is_not_a_refusal_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("lct_fast.codecs.TopK.decode", broken)
     with pytest.raises((AssertionError, IndexError), match="out of bounds"):
         fuzz_packets.run(40, 0)
+
+
+def test_damaged_checkpoints_are_refused_by_name_or_loaded() -> None:
+    ends = fuzz_checkpoints.run(150, 7)
+    assert ends["refused"] > 60 and ends["loaded"] > 5
+    assert sum(ends.values()) == 150
