@@ -25,6 +25,7 @@ class Downsample(Codec):
         if factor < 2:
             raise ValueError(f"codec downsample:F: expected F >= 2, got downsample:{factor}")
         self.factor, self.inner = factor, inner
+        self.recordable = inner.recordable
         self.name = f"downsample:{factor}" + ("" if inner.name == "none" else f"+{inner.name}")
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -22,6 +22,8 @@ class TopK(Codec):
         ratio: at least 2.
     """
 
+    recordable = True
+
     def __init__(self, ratio: int = 16) -> None:
         if ratio < 2:
             raise ValueError(f"codec topk:N: expected to keep one value in N >= 2, got topk:{ratio}")
