@@ -297,7 +297,9 @@ def _complete(
         shutil.rmtree(final)
     os.replace(unfinished, final)
     _sync(final.parent)
-    for old in sorted(final.parent.glob("step-*"))[:-keep]:
+    # A newer one is damaged, as the run went on before it: it must not displace those that are whole.
+    older = sorted(p for p in final.parent.glob("step-*") if p.name < final.name)
+    for old in older[: max(0, len(older) - keep + 1)]:
         shutil.rmtree(old)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,20 @@ def test_what_a_killed_run_left_is_removed_when_the_run_goes_on(tmp_path: Path) 
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
+def test_an_interrupted_run_completes_the_checkpoint_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint._write_group
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "_write_group", slow)
+    _stop_at(4, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
 def test_nothing_is_in_the_writing_when_a_run_ends(tmp_path: Path) -> None:
     assert _train(tmp_path / "run", "--schedule", "pipelined") == 0
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
@@ -233,6 +248,7 @@ def test_nothing_is_in_the_writing_when_a_run_ends(tmp_path: Path) -> None:
 
 def test_ranks_of_an_attempt_meet_past_what_dead_ones_left() -> None:
     store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=20))
     # An earlier attempt, of which rank 2 was never answered.
     for rank in (1, 2):
         store.set(f"lct_fast/question/{rank}", f"old{rank}")
@@ -242,7 +258,7 @@ def test_ranks_of_an_attempt_meet_past_what_dead_ones_left() -> None:
     def ask(rank: int) -> None:
         names[rank] = processes._ask(store, rank)
 
-    first = threading.Thread(target=lambda: names.update({0: processes._answer(store, 3, 60)}))
+    first = threading.Thread(target=lambda: names.update({0: processes._answer(store, 3, 20)}))
     others = [threading.Thread(target=ask, args=(rank,)) for rank in (1, 2)]
     for thread in (first, *others):
         thread.start()

@@ -298,8 +298,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
         assert checkpoint.whole(tmp_path, told.append) == paths[1], name
         assert len(told) == 1 and name in told[0] and "step-00000003 is passed over" in told[0]
         (paths[2] / name).write_bytes(content)
-    for path in paths:
-        (path / "group-1.safetensors").unlink()
+    (paths[2] / "group-1.safetensors").unlink()
+    # The run that goes on keeps what is whole, and replaces the damaged one when it gets there.
+    again = _trainer("greedy")
+    checkpoint.load(again, paths[1])
+    assert checkpoint.save(again, tmp_path, keep=1) == paths[1]
+    assert checkpoint.whole(tmp_path, told.append) == paths[1]
+    again.step(*nets.batches(3)[2])
+    assert checkpoint.save(again, tmp_path, keep=1) == paths[2]
+    assert checkpoint.whole(tmp_path, told.append) == paths[2] and not paths[1].exists()
+    (paths[2] / "group-1.safetensors").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="holds no whole checkpoint"):
         checkpoint.whole(tmp_path, told.append)
 
