@@ -8,6 +8,7 @@ for x, y in loader:
 
 from lct_fast import codecs, critics, data, models, ops
 from lct_fast.engine import (
+    Async,
     Evaluation,
     Group,
     Hybrid,
@@ -27,6 +28,7 @@ from lct_fast.ops import use_backend
 __version__ = "0.1.0"
 
 __all__ = [
+    "Async",
     "Backprop",
     "Evaluation",
     "Greedy",

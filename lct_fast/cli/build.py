@@ -14,7 +14,7 @@ from torch import nn
 from lct_fast import data, models
 from lct_fast.cli.config import Config, ConfigError
 from lct_fast.data import Batches, ImageData
-from lct_fast.engine import Hybrid, Trainer, split
+from lct_fast.engine import Async, Hybrid, Trainer, split
 from lct_fast.engine.group import Group
 from lct_fast.methods import METHODS, LocalCritic, Method
 
@@ -134,9 +134,7 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         devices=devices,
         optimizer=partial(_optimizer, config),
         scheduler=partial(_scheduler, config, math.ceil(steps / config.accumulate)),
-        schedule=Hybrid(config.serial, config.schedule, config.serial_block, config.serial_microbatches)
-        if config.serial
-        else config.schedule,
+        schedule=_schedule(config, steps),
         feedback_delay=config.feedback_delay,
         accumulate=config.accumulate,
         clip_norm=config.clip_norm,
@@ -145,7 +143,6 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         compile=config.compile,
         channels_last=config.channels_last,
         checksum=config.checksum,
-        **_pace(config, steps),
         replicas=config.replicas,
         start_timeout=config.start_timeout,
         step_timeout=config.step_timeout,
@@ -153,12 +150,12 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
     )
 
 
-def _pace(config: Config, steps: int) -> dict[str, Any]:
-    """The options that only an asynchronous run has."""
-    if config.schedule != "async":
-        return {}
-    names = ("buffer", "reuse_limit", "slow_group", "slow_down")
-    return {"steps": steps} | {name: getattr(config, name) for name in names}
+def _schedule(config: Config, steps: int) -> str | Hybrid | Async:
+    if config.schedule == "async":
+        return Async(steps, config.buffer, config.reuse_limit, config.slow_group, config.slow_down)
+    if config.serial:
+        return Hybrid(config.serial, config.schedule, config.serial_block, config.serial_microbatches)
+    return config.schedule
 
 
 def _method(config: Config) -> Method:

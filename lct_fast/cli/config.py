@@ -13,7 +13,7 @@ import yaml
 
 from lct_fast import codecs
 from lct_fast.engine.hybrid import Hybrid
-from lct_fast.engine.trainer import PIPELINED_DELAY, SCHEDULES
+from lct_fast.engine.schedules import PIPELINED_DELAY, SCHEDULES
 from lct_fast.methods import Greedy
 
 METHODS = ("local-critic", "greedy", "backprop")

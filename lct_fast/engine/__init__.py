@@ -11,11 +11,13 @@ from lct_fast.engine.errors import (
 from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.group import Group
 from lct_fast.engine.hybrid import Hybrid
+from lct_fast.engine.schedules import Async
 from lct_fast.engine.split import split
 from lct_fast.engine.stats import Mark, Stats
 from lct_fast.engine.trainer import Trainer
 
 __all__ = [
+    "Async",
     "CheckpointError",
     "Evaluation",
     "Group",

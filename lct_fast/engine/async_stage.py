@@ -9,9 +9,10 @@ from torch import Tensor
 from lct_fast.codecs import CodecError, Encoded
 from lct_fast.engine.errors import PacketError
 from lct_fast.engine.intake import Intake
-from lct_fast.engine.paced_group import Pace, PacedGroup
+from lct_fast.engine.paced_group import PacedGroup
 from lct_fast.engine.packet import Kind, Packet
 from lct_fast.engine.ranks import Ranks
+from lct_fast.engine.schedules import Async
 from lct_fast.engine.stage import Stage
 from lct_fast.engine.stats import Event, Stats
 from lct_fast.engine.worker import Worker
@@ -35,7 +36,7 @@ class AsyncStage(Stage):
 
     answers = True
 
-    def __init__(self, worker: Worker, ranks: Ranks, pace: Pace) -> None:
+    def __init__(self, worker: Worker, ranks: Ranks, pace: Async) -> None:
         super().__init__(worker, ranks)
         self.group = PacedGroup(worker, pace, ranks.size)
         self._behind_finished = self.last

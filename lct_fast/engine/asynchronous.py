@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lct_fast.engine.paced_group import Pace, PacedGroup
+from lct_fast.engine.paced_group import PacedGroup
+from lct_fast.engine.schedules import Async
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.turns import Turns
 from lct_fast.engine.worker import Worker, learning_rate
@@ -32,7 +33,7 @@ class Asynchronous:
         batch: how many batches group 1 has taken; more than it trained on, once it only forwards.
     """
 
-    def __init__(self, workers: Sequence[Worker], pace: Pace, seed: int) -> None:
+    def __init__(self, workers: Sequence[Worker], pace: Async, seed: int) -> None:
         slow = None if pace.slow_group is None else pace.slow_group - 1
         self.turns = Turns(len(workers), slow, pace.slow_down, seed)
         self.groups = [

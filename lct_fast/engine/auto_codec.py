@@ -204,9 +204,10 @@ def _exchange(mine: Costs, device: torch.device, ranks: Ranks) -> list[Costs]:
                 mine.latency, mine.bandwidth = _ask(front + 1, device, ranks)
             elif ranks.rank == front + 1:
                 _answer(front, device, ranks)
-    everyone: list[Costs] = [mine] * ranks.size
-    dist.all_gather_object(everyone, mine, group=ranks.control)
-    return everyone
+    everyone: list[Costs] = [mine] * len(ranks.everywhere)
+    with ranks.heart.together():
+        dist.all_gather_object(everyone, mine, group=ranks.world)
+    return everyone[ranks.base : ranks.base + ranks.size]
 
 
 def _ask(peer: int, device: torch.device, ranks: Ranks) -> tuple[float, float]:

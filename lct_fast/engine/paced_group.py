@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,37 +10,9 @@ from torch import Tensor
 
 from lct_fast.codecs import Encoded
 from lct_fast.engine.replay import ReplayBuffer, ReplaySlot
+from lct_fast.engine.schedules import Async
 from lct_fast.engine.turns import Turns
 from lct_fast.engine.worker import Worker
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How the groups of an asynchronous run go; see ``Trainer`` for the meaning of each."""
-
-    steps: int | None = None
-    buffer: int = 1
-    reuse_limit: int | None = None
-    slow_group: int | None = None
-    slow_down: float = 1.0
-
-    def check(self, groups: int) -> None:
-        """Refuses what does not fit a run of ``groups`` groups.
-
-        Raises:
-            ValueError: one line.
-        """
-        if self.steps is None or self.steps < 1:
-            raise ValueError(
-                f"steps: schedule async needs the number of batches each group trains on, got {self.steps}"
-            )
-        ReplayBuffer(self.buffer, self.reuse_limit)
-        if self.slow_group is not None and not 1 <= self.slow_group <= groups:
-            raise ValueError(f"slow_group: expected 1..{groups} or None, got {self.slow_group}")
-        if not 1 <= self.slow_down < float("inf"):
-            raise ValueError(f"slow_down: expected a number >= 1, got {self.slow_down}")
-        if self.slow_down > 1 and self.slow_group is None:
-            raise ValueError(f"slow_down {self.slow_down}: slow_group says which group is slow, got None")
 
 
 class PacedGroup:
@@ -58,8 +29,7 @@ class PacedGroup:
         losses: mean loss [K] of each exit as known here, its own at its latest update; NaN where there is none yet.
     """
 
-    def __init__(self, worker: Worker, pace: Pace, groups: int, turns: Turns | None = None) -> None:
-        assert pace.steps is not None
+    def __init__(self, worker: Worker, pace: Async, groups: int, turns: Turns | None = None) -> None:
         self.worker, self.steps = worker, pace.steps
         self.buffer = None if worker.index == 0 else ReplayBuffer(pace.buffer, pace.reuse_limit)
         self.updates = 0

@@ -21,20 +21,16 @@ from lct_fast.engine.group import Group, exit_module, join
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.lockstep import Lockstep
 from lct_fast.engine.meter import Meter
-from lct_fast.engine.paced_group import Pace
 from lct_fast.engine.ranks import Ranks
-from lct_fast.engine.stage import DEPTH, Stage
+from lct_fast.engine.schedules import Async, Plan, plan
+from lct_fast.engine.stage import Stage
 from lct_fast.engine.stats import Event, Stats
 from lct_fast.engine.ticks import Ticks
 from lct_fast.engine.worker import SchedulerFactory, Settings, Worker, check_flags
 from lct_fast.engine.writer import Writer
-from lct_fast.methods import Greedy, Method, Objective
+from lct_fast.methods import Method, Objective
 from lct_fast.methods.method import OptimizerFactory
 from lct_fast.methods.objective import LossFunction
-
-SCHEDULES = ("lockstep", "pipelined", "async")
-# With this delay feedback comes before it is due, however far a link lets a group run ahead.
-PIPELINED_DELAY = DEPTH + 1
 
 
 def _sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -78,9 +74,8 @@ class Trainer:
             weight decay 5e-4 (arXiv 2102.01963).
         scheduler: factory ``optimizer -> LR scheduler`` for each group's optimiser, stepped once an update.
         schedule: "lockstep", one batch through all groups; or "pipelined", group k on batch t - k at tick t, over
-            processes if torch.distributed is initialised with more than one, else in this one; or "async", every
-            group at its own pace out of a replay buffer (``Greedy()`` only), over processes as above or as a seeded
-            simulation in this one. ``Hybrid(...)`` mixes blocks of ordinary back-propagation into the first two.
+            processes if torch.distributed is initialised with more than one, else in this one. ``Hybrid(...)`` mixes
+            blocks of ordinary back-propagation into either. ``Async(...)`` lets every group go at its own pace.
         feedback_delay: critic k learns from batch t after group k's update on batch t + d. Default 0 in lockstep and 3
             pipelined; pipelined it is at least 1, and below 3 groups may wait for it. With the same delay, pipelined
             and lockstep give the same bits.
@@ -94,11 +89,6 @@ class Trainer:
         channels_last: keep 4-d tensors in channels-last memory.
         checksum: over processes, whether the contents of packets carry a sum that the consumer checks (headers always
             do); default: on the CPU.
-        steps: async, needed there: batches each group trains on. ``step`` takes more than that until ``finished``.
-        buffer: async: slots of the replay buffer at each cut.
-        reuse_limit: async: how often a group takes a slot at most; with all at it the group idles. Default no limit.
-        slow_group, slow_down: async, simulated: that group (1-based) gets a turn ``slow_down`` times as seldom as
-            another one.
         replicas: pipelined over processes, R copies of the pipeline, each on its part of every batch: R x K processes
             (docs/replicas.md). The first group's process of each is given its own part, all of one size.
         start_timeout: over processes, seconds that a process's training loop may stand still until its first batch is
@@ -131,7 +121,7 @@ class Trainer:
         num_classes: int | None = None,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
-        schedule: str | Hybrid = "lockstep",
+        schedule: str | Hybrid | Async = "lockstep",
         feedback_delay: int | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -141,11 +131,6 @@ class Trainer:
         compile: bool = False,
         channels_last: bool = False,
         checksum: bool | None = None,
-        steps: int | None = None,
-        buffer: int = 1,
-        reuse_limit: int | None = None,
-        slow_group: int | None = None,
-        slow_down: float = 1.0,
         replicas: int = 1,
         start_timeout: float = 600.0,
         step_timeout: float = 60.0,
@@ -158,65 +143,26 @@ class Trainer:
             raise ValueError(
                 f"num_classes={num_classes}, but the model's output has {self.num_classes} classes"
             )
-        hybrid: Hybrid | None = None
-        if isinstance(schedule, Hybrid):
-            hybrid, schedule = schedule, schedule.schedule
-            if not method.uses_critics:
-                raise ValueError(
-                    f"{method.name} has no Hybrid: all of its batches are serial; use a method whose groups learn on "
-                    f"their own"
-                )
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}; got {schedule!r}")
-        pipelined = schedule == "pipelined"
-        if pipelined and not method.uses_critics:
-            raise ValueError(
-                f"{method.name} has no pipelined schedule here: use torch.distributed.pipelining, or a method whose "
-                f"groups learn on their own"
-            )
-        pace = Pace(steps, buffer, reuse_limit, slow_group, slow_down)
-        if schedule == "async":
-            if method.name != Greedy.name:
-                raise ValueError(f"{method.name} has no async schedule: use greedy")
-            pace.check(len(groups))
-        elif pace != Pace():
-            raise ValueError(
-                f"steps, buffer, reuse_limit, slow_group and slow_down are for schedule async, this one is {schedule}"
-            )
-        if feedback_delay is None:
-            feedback_delay = PIPELINED_DELAY if pipelined else 0
-        if feedback_delay < int(pipelined):
-            raise ValueError(f"feedback_delay: expected an integer >= {int(pipelined)}, got {feedback_delay}")
+        planned = plan(schedule, method, len(groups), feedback_delay, replicas)
         if accumulate < 1:
             raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
-        if replicas < 1:
-            raise ValueError(f"replicas: expected an integer >= 1, got {replicas}")
-        over_processes = schedule != "lockstep" and _several_processes()
-        if replicas > 1 and not (pipelined and over_processes and hybrid is None):
-            raise ValueError(
-                f"replicas={replicas} takes the pipelined schedule, without serial steps, over {replicas} processes a "
-                f"group: start with torchrun, initialise torch.distributed and give schedule='pipelined'"
-            )
-
         for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
             if not 0 < seconds < float("inf"):
                 raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
         self.method = method
         self.groups = list(groups) if method.uses_critics else [join(list(groups))]
         method.check([g.critic for g in self.groups[:-1]])
-        self.schedule = schedule
+        self.schedule, self.hybrid = planned.name, planned.hybrid
         self.wires = self._wires(codec)
-        # A share of 0 is no hybrid.
-        self.hybrid = hybrid if hybrid and hybrid.serial else None
         self.objective = Objective(loss, ignore_index)
         self.settings = Settings(
             method=method,
             objective=self.objective,
             optimizer=optimizer or _sgd,
             scheduler=scheduler,
-            feedback_delay=feedback_delay,
+            feedback_delay=planned.feedback_delay,
             accumulate=accumulate,
             clip_norm=clip_norm,
             autocast=autocast,
@@ -230,11 +176,7 @@ class Trainer:
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         seed = torch.initial_seed()
         self.ranks: Ranks | None = None
-        if over_processes:
-            if slow_down > 1:
-                raise ValueError(
-                    "slow_down simulates a slow group in one process: over processes leave it out"
-                )
+        if planned.over_processes:
             units = [g.units for g in self.groups]
             self.ranks = Ranks.join(units, places[0], replicas, start_timeout, step_timeout)
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
@@ -256,17 +198,7 @@ class Trainer:
         ends = [None, *self.wires, None]
         for worker in self.workers:
             worker.set_codecs(ends[worker.index], ends[worker.index + 1])
-        self._run: Lockstep | Ticks | Stage | Asynchronous
-        if self.ranks is not None and schedule == "async":
-            self._run = AsyncStage(self.workers[0], self.ranks, pace)
-        elif self.ranks is not None:
-            self._run = Stage(self.workers[0], self.ranks)
-        elif schedule == "async":
-            self._run = Asynchronous(self.workers, pace, seed)
-        elif pipelined:
-            self._run = Ticks(self.workers, graphs)
-        else:
-            self._run = Lockstep(self.workers)
+        self._run = self._runner(planned, graphs, seed)
         if graphs and not isinstance(self._run, Ticks):
             raise ValueError("graphs=True: CUDA graphs are for the pipelined schedule in one process")
         self.first, self.last = mine[0] == 0, mine[-1] == count - 1
@@ -276,6 +208,17 @@ class Trainer:
         self.meter = Meter([w.meter for w in self.workers])
         # Of checkpoints: who writes them, how many were begun, and how long one waits for the other processes' part.
         self.writer, self.saves, self.patience = Writer(self._wait_for_writer), 0, start_timeout
+
+    def _runner(
+        self, planned: Plan, graphs: bool | None, seed: int
+    ) -> Lockstep | Ticks | Stage | Asynchronous:
+        if self.ranks is not None:
+            if planned.pace is not None:
+                return AsyncStage(self.workers[0], self.ranks, planned.pace)
+            return Stage(self.workers[0], self.ranks)
+        if planned.pace is not None:
+            return Asynchronous(self.workers, planned.pace, seed)
+        return Ticks(self.workers, graphs) if planned.name == "pipelined" else Lockstep(self.workers)
 
     @property
     def batch(self) -> int:
@@ -511,7 +454,8 @@ class Trainer:
         choices = auto_codec.choose(costs)
         if self.ranks is not None:
             # Of replicas the first decides, as all must have the same.
-            dist.broadcast_object_list(choices, 0, group=self.ranks.world)
+            with self.ranks.heart.together():
+                dist.broadcast_object_list(choices, 0, group=self.ranks.world)
         for k, choice in enumerate(choices):
             if self.wires[k] == "auto":
                 self.wires[k], self.choices[k] = choice.codec, choice
@@ -520,10 +464,6 @@ class Trainer:
         if not isinstance(self._run, Stage):
             raise RuntimeError(f"{name} is for a pipelined run over processes; this one runs in one process")
         return self._run
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _device_of(group: Group) -> torch.device:

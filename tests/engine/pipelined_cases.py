@@ -47,7 +47,7 @@ class Case:
     dropout: bool = False
     hybrid: lct.Hybrid | None = None
 
-    def trainer(self, count: int, schedule: str, seed: int = 0) -> lct.Trainer:
+    def trainer(self, count: int, schedule: str | lct.Hybrid | lct.Async, seed: int = 0) -> lct.Trainer:
         """On ``count`` groups; lockstep with the delay that pipelined has."""
         torch.manual_seed(seed)
         options = {"feedback_delay": 3} | self.options

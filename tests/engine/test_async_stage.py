@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,17 @@ from tests.engine.test_link import Pipe
 from tests.engine.test_pipelined import FARTHEST
 
 STEPS = 12
+# Options that are the schedule's own.
+PACE = {f.name for f in fields(lct.Async)}
 # So many that a group is not done before the first evaluation.
 LONG = 200
 PATIENCE = timedelta(seconds=60)
 
 
 def _trainer(seed: int = 0, **options: Any) -> lct.Trainer:
-    case = Case(lct.Greedy, options={"feedback_delay": 0, "steps": STEPS} | options)
-    return case.trainer(dist.get_world_size(), "async", seed)
+    pace = {name: options.pop(name) for name in PACE & options.keys()}
+    case = Case(lct.Greedy, options={"feedback_delay": 0} | options)
+    return case.trainer(dist.get_world_size(), lct.Async(**{"steps": STEPS} | pace), seed)
 
 
 def _finish(trainer: lct.Trainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.engine import nets
 from tests.engine.pipelined_cases import Case
 
 STEPS = 20
+# Options that are the schedule's own.
+PACE = {f.name for f in fields(lct.Async)}
 
 
 def _adam(params: Any) -> torch.optim.Optimizer:
@@ -34,8 +37,9 @@ def _scheduler(kind: str) -> Callable[[torch.optim.Optimizer], torch.optim.lr_sc
 
 
 def _trainer(seed: int = 0, count: int = 4, **options: Any) -> lct.Trainer:
-    case = Case(lct.Greedy, options={"feedback_delay": 0, "steps": STEPS} | options)
-    return case.trainer(count, "async", seed)
+    pace = {name: options.pop(name) for name in PACE & options.keys()}
+    case = Case(lct.Greedy, options={"feedback_delay": 0} | options)
+    return case.trainer(count, lct.Async(**{"steps": STEPS} | pace), seed)
 
 
 def _batches(start: int = 0, count: int = 10 * STEPS) -> list[tuple[Tensor, Tensor]]:
@@ -243,10 +247,6 @@ def test_a_drop_of_the_learning_rate_begins_a_warm_start(
 
 def _everything(seed: int = 0, dropout: bool = True) -> lct.Trainer:
     options = {
-        "steps": STEPS,
-        "buffer": 3,
-        "slow_group": 2,
-        "slow_down": 2.0,
         "accumulate": 2,
         "clip_norm": 1.0,
         "optimizer": _adam,
@@ -255,7 +255,8 @@ def _everything(seed: int = 0, dropout: bool = True) -> lct.Trainer:
         "channels_last": True,
         "feedback_delay": 0,
     }
-    return Case(lct.Greedy, "mlp_aux", options, dropout=dropout).trainer(4, "async", seed)
+    pace = lct.Async(STEPS, buffer=3, slow_group=2, slow_down=2.0)
+    return Case(lct.Greedy, "mlp_aux", options, dropout=dropout).trainer(4, pace, seed)
 
 
 def test_a_seed_gives_the_same_bits(threads: None) -> None:
@@ -269,7 +270,7 @@ def test_a_seed_gives_the_same_bits(threads: None) -> None:
         for s, t in zip(first, second, strict=True)
     )
     torch.manual_seed(18)
-    other = lct.Trainer(_everything().groups, lct.Greedy(), schedule="async", steps=STEPS, buffer=3)
+    other = lct.Trainer(_everything().groups, lct.Greedy(), schedule=lct.Async(STEPS, buffer=3))
     _run(other, _batches())
     assert other.batch != a.batch or not nets.same(nets.state(other), nets.state(a))
 
@@ -318,12 +319,11 @@ def test_the_program_in_the_docs_runs(threads: None) -> None:
 
 def test_refusals_name_the_cause(threads: None) -> None:
     for options, message in [
-        ({"steps": None}, "steps: schedule async needs the number of batches each group trains on, got None"),
-        ({"steps": 0}, "steps: schedule async needs the number of batches each group trains on, got 0"),
+        ({"steps": 0}, "steps: expected a number of batches >= 1 for each group, got 0"),
         ({"buffer": 0}, "buffer: expected a number of slots >= 1, got 0"),
         ({"reuse_limit": 0}, "reuse_limit: expected a number >= 1 or None, got 0"),
         ({"slow_group": 5}, r"slow_group: expected 1\.\.4 or None, got 5"),
-        ({"slow_group": 0}, r"slow_group: expected 1\.\.4 or None, got 0"),
+        ({"slow_group": 0}, "slow_group: expected the number of a group or None, got 0"),
         ({"slow_group": 1, "slow_down": 0.5}, "slow_down: expected a number >= 1, got 0.5"),
         ({"slow_group": 1, "slow_down": float("inf")}, "slow_down: expected a number >= 1, got inf"),
         ({"slow_down": 2.0}, r"slow_down 2\.0: slow_group says which group is slow, got None"),
@@ -332,7 +332,6 @@ def test_refusals_name_the_cause(threads: None) -> None:
             _trainer(**options)
     for method in (lct.LocalCritic(), lct.Backprop()):
         with pytest.raises(ValueError, match=f"{method.name} has no async schedule: use greedy"):
-            lct.Trainer(nets.groups(method), method, schedule="async", steps=3)
-    for options in ({"steps": 3}, {"buffer": 2}, {"reuse_limit": 1}, {"slow_group": 1}, {"slow_down": 2.0}):
-        with pytest.raises(ValueError, match="are for schedule async, this one is lockstep"):
-            lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), **options)  # type: ignore[arg-type]
+            lct.Trainer(nets.groups(method), method, schedule=lct.Async(3))
+    with pytest.raises(ValueError, match=r"as in schedule=lct.Async\(steps=1000\)"):
+        lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), schedule="async")
