@@ -38,7 +38,7 @@ class Downsample(Codec):
 
     def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
         x = dense(h)
-        small = functional.avg_pool2d(x, self.factor, ceil_mode=True, count_include_pad=False)
+        small = functional.avg_pool2d(x, self.factor, ceil_mode=True)
         coded = self.inner.encode(_as(small, _channels_last(x.stride())), learn=learn)
         return Encoded(coded.tensors, Layout.of(x), coded.version)
 

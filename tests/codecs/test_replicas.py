@@ -55,7 +55,10 @@ def _batches() -> list[Tensor]:
     return [torch.randn(32, 4, 8, 8, generator=g).relu() for _ in range(6)]
 
 
-def test_the_codebook_starts_and_moves_alike(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+@pytest.mark.parametrize("spec", ["vq:16,2", "downsample:2+vq:16,2"])
+def test_the_codebook_starts_and_moves_alike(
+    spec: str, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
     used: dict[int, list[Tensor]] = {}
     encode = ops.vq_encode
 
@@ -69,7 +72,7 @@ def test_the_codebook_starts_and_moves_alike(monkeypatch: pytest.MonkeyPatch, th
         for h in _batches():
             codec.encode(h.chunk(2)[replica])
 
-    one, other = _in_two("vq:16,2", work)
+    one, other = _in_two(spec, work)
     assert len(one.shared()) == 2
     for a, b in zip(one.shared(), other.shared(), strict=True):
         assert torch.equal(a, b)

@@ -138,6 +138,26 @@ def test_what_breaks_a_link_is_told_to_who_uses_it() -> None:
         outbox.close()
 
 
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_byte_that_changes_on_its_way_is_seen_where_bodies_are_summed(checksum: bool) -> None:
+    outbox, inbox, pipe = _ends()
+    outbox.checksum = checksum
+    send = pipe.send
+
+    def damaged(header: Tensor, body: Tensor | None) -> None:
+        if body is not None:
+            body[5] ^= 4
+        send(header, body)
+
+    pipe.send = damaged  # type: ignore[method-assign]
+    outbox.put(Packet(Kind.TRAIN, 6, [torch.ones(9)]))
+    if checksum:
+        with pytest.raises(PacketError, match="packet body of batch 6: its sum is"):
+            inbox.get()
+    else:
+        assert inbox.get().tensors[0][1] != 1
+
+
 def test_the_trace_has_sends_and_receives_of_their_own_time() -> None:
     outbox, inbox, _ = _ends()
     for meter in (outbox.meter, inbox.meter):

@@ -396,7 +396,10 @@ def test_refusals_name_the_cause(troubles: list[dict[str, Any]]) -> None:
     assert all("replicas=2 takes the pipelined schedule" in said["one process"] for said in troubles)
     for arguments, message in [
         ({"replicas": 0}, "replicas: expected an integer >= 1, got 0"),
-        ({"replicas": 2}, "replicas=2 takes the pipelined schedule, without serial steps, over 2 processes a group"),
+        (
+            {"replicas": 2},
+            "replicas=2 takes the pipelined schedule, without serial steps, over 2 processes a group",
+        ),
         ({"replicas": 2, "schedule": "pipelined"}, "start with torchrun"),
     ]:
         with pytest.raises(ValueError, match=message):
