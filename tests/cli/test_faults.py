@@ -188,8 +188,8 @@ def test_a_full_disk_under_the_records_is_one_line(
 ) -> None:
     run, opened = tmp_path / "run", RunFolder.open
 
-    def full(folder: RunFolder, step: int) -> None:
-        opened(folder, step)
+    def full(folder: RunFolder, step: int, batch: int) -> None:
+        opened(folder, step, batch)
         folder.metrics.unlink()
         folder.metrics.symlink_to("/dev/full")
 

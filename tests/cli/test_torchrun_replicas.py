@@ -101,9 +101,9 @@ def test_options_that_do_not_fit_replicas_are_refused(monkeypatch: pytest.Monkey
         ({"replicas": 0}, "replicas: expected a number >= 1, got 0"),
         (
             {"replicas": 2},
-            "replicas: 2 of them take --schedule pipelined and 2 groups or more, got --schedule lock",
+            "replicas: 2 of them take --schedule pipelined, 2 groups or more and no --serial, got --schedule lock",
         ),
-        (piped | {"replicas": 2, "groups": 1}, "got --schedule pipelined and 1"),
+        (piped | {"replicas": 2, "groups": 1}, "got --schedule pipelined, 1 and 0.0"),
         (
             piped | {"replicas": 3, "batch_size": 64},
             "batch_size: it is shared equally by 3 replicas, got 64; use 66",
