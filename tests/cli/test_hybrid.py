@@ -107,6 +107,7 @@ def test_the_recorder_goes_on_inside_an_interval_with_unknown_losses(tmp_path: P
         assert torch.equal(each.epoch_sum / each.epoch_count, torch.tensor([3.0, 2.0]))
     one, other = _metrics(folder.path)
     assert one == other and one["loss"] == [3.0, 2.0]
+    folder.unlock()
 
 
 @pytest.mark.slow
