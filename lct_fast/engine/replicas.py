@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lct_fast.engine.errors import PeerError, ReplicaError, first_line
 
+# Seconds between two looks for the other replicas.
+_TURN = 0.05
 # Batches between two comparisons of the replicas' codebooks.
 COMPARE_EVERY = 100
 
@@ -164,6 +167,17 @@ class Replicas:
         if self.count > 1:
             with self._peers():
                 dist.barrier(group=self.control)
+
+    def meet(self, waits: Callable[[str], None]) -> None:
+        """As ``wait``, where it may take long: tells ``waits`` again and again what for."""
+        if self.count == 1:
+            return
+        with self._peers():
+            work = dist.barrier(group=self.control, async_op=True)
+            while not work.is_completed():
+                waits("the other replicas of its group")
+                time.sleep(_TURN)
+            work.wait()
 
     @contextmanager
     def _peers(self) -> Iterator[None]:

@@ -378,12 +378,14 @@ class Trainer:
 
         What crosses the cuts is sent as it is, or ``coded`` as in training, with codecs that learn nothing meanwhile.
         Over processes, called in the first group's, the result is an event of the last group's; here it is None.
-        Of replicas only replica 0 evaluates: its network is the one that is exported. Others go on.
+        Of replicas only replica 0 evaluates, as its network is the one that is exported; the first group's process of
+        every other one calls this too, and waits.
         """
-        if self.replica > 0:
-            return None
-        if isinstance(self._run, Stage):
-            return self._run.evaluate(batches, coded)
+        if self.ranks is not None:
+            stage = self._stage("evaluate")
+            result = stage.evaluate(batches, coded) if self.replica == 0 else None
+            self.ranks.replicas.meet(self.ranks.heart.wait)
+            return result
         self.settle()
         scores = torch.zeros(len(self.workers), 4, dtype=torch.float64)
         for x, y in batches:

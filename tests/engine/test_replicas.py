@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -324,8 +325,27 @@ def _troubles(folder: str) -> dict[str, Any]:
     said["codebooks"] = _drift(EQUAL["vq"], lambda t: t.workers[0].encoder.averages.sums, None)
     weights = lambda t: t.workers[0].parameters[0].detach()  # noqa: E731
     said["weights"] = _drift(EQUAL["greedy"], weights, Path(folder) / "drifted")
+    said["rested"] = _rest_while_one_evaluates()
     said["lost"] = _lose_one()
     return said
+
+
+def _rest_while_one_evaluates() -> int:
+    """Batches done, with an evaluation between them that takes longer than a step may."""
+    trainer = EQUAL["greedy"].trainer(schedule="pipelined", replicas=REPLICAS, step_timeout=4.0)
+
+    def slowly() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(6):
+            time.sleep(1.0)
+            yield _hard(8)[0]
+
+    if not trainer.first:
+        return sum(isinstance(event, lct.Stats) for event in trainer.events())
+    for x, y in _hard(8)[:2]:
+        trainer.step(x, y)
+        trainer.evaluate(slowly())
+    trainer.stop()
+    return trainer.batch
 
 
 def _message(work: Callable[[], Any]) -> str:
@@ -431,6 +451,10 @@ def test_a_replica_that_ends_stops_the_others_before_they_update(troubles: list[
     assert other["said"].startswith("PeerError: lost a replica of this group, rank 2 (")
     assert "go on from the last checkpoint" in other["said"]
     assert not ended["updated"] and not other["updated"]
+
+
+def test_replicas_rest_while_one_evaluates(troubles: list[dict[str, Any]]) -> None:
+    assert [said["rested"] for said in troubles] == [2] * len(troubles)
 
 
 def test_replicas_go_on_from_one_process(troubles: list[dict[str, Any]]) -> None:
