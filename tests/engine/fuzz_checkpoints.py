@@ -8,6 +8,7 @@ Hashes are made to fit most of the time, so that what they protect is read. ``--
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import random
@@ -90,9 +91,9 @@ def _change(tree: Any, draw: random.Random) -> None:
         if how == 0:
             del tree[key]
         elif how == 1 and isinstance(tree, list):
-            tree.append(inner)
+            tree.append(copy.deepcopy(inner))
         else:
-            tree[key] = draw.choice(ODD)
+            tree[key] = copy.deepcopy(draw.choice(ODD))
         return
 
 
