@@ -94,6 +94,8 @@ class Decoupled(Contender):
             optimizer=task.optimizer,
             channels_last=setting.format == "channels_last",
             codec=setting.codec or "none",
+            # Between its turns a contender rests for as long as all others take.
+            step_timeout=3600.0,
         )
         self.events = None if self.trainer.first else self.trainer.events()
         self.ticks: list[Tick] = []

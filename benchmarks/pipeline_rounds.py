@@ -185,6 +185,8 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
             contenders.append((setting, contender))
         else:
             found["failed_checks"].append(f"{setting.name}: {verdict.wrong}")
+            if contender:
+                contender.close()
         found["first"][setting.name] = {
             "first_loss": [float(v) for k, v in got.items() if k.endswith("loss")],
             "loss_error": verdict.loss,

@@ -136,3 +136,30 @@ def test_table_of_the_other_ops_is_the_result_files() -> None:
         best = min(found.values())
         assert (ours, rival) == (f"{mine / 1e3:.2f}", f"{best / 1e3:.2f}"), shape
         assert times.split(",")[0] == f"{best / mine:.2f}x", shape
+
+
+@pytest.mark.parametrize(
+    ("heading", "file"),
+    [("Fewer bytes on the wire", "wire_digits.json"), ("The same on CIFAR-10:", "wire_cifar10.json")],
+)
+def test_wire_tables_are_the_result_files(heading: str, file: str) -> None:
+    stored = json.loads((ROOT / "benchmarks/results" / file).read_text())["rows"]
+
+    def points(value: dict[str, float]) -> str:
+        half = value["half_width"]
+        return f"{value['mean']:+.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+    expected = [
+        [
+            row["method"],
+            f"`{row['codec']}`",
+            f"{row['times_fewer_bytes']:.1f}",
+            points(row["points_from_none"]),
+            points(row["points_from_none_coded_evaluation"]),
+        ]
+        for row in stored
+        if row["codec"] != "none"
+    ]
+    assert _rows(heading) == expected
+    # Within a tenth of what the codecs' bits come to.
+    assert all(row["bytes_over_theory"] < 0.1 for row in stored)

@@ -99,7 +99,7 @@ class Config:
         600.0, "seconds a process may take to start and for its first batch, before all end (over processes)"
     )
     step_timeout: float = _option(
-        60.0, "seconds a process's training loop may stand still later; more than its longest step"
+        300.0, "seconds a process's training loop may stand still later; more than its longest step"
     )
 
 

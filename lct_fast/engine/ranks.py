@@ -91,7 +91,7 @@ class Ranks:
         device: torch.device,
         replicas: int = 1,
         start_timeout: float = 600.0,
-        step_timeout: float = 60.0,
+        step_timeout: float = 300.0,
     ) -> Ranks:
         """Agrees on groups and clocks with all other ranks; every rank calls it at the same point.
 

@@ -133,7 +133,7 @@ class Trainer:
         checksum: bool | None = None,
         replicas: int = 1,
         start_timeout: float = 600.0,
-        step_timeout: float = 60.0,
+        step_timeout: float = 300.0,
         graphs: bool | None = None,
     ) -> None:
         if not groups:
