@@ -296,7 +296,7 @@ class Asking(nn.Module):
     """Asks the device for a number, and computes with it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * 2.0 if float(x.sum()) > 0 else x
+        return x * 2.0 if float(x.detach().sum()) > 0 else x
 
 
 def _asking(method: lct.Method, **options: Any) -> lct.Trainer:
