@@ -96,21 +96,17 @@ class Replicas:
         for gradient, total in zip(gradients, self.sum(*gradients), strict=True):
             gradient.copy_(total.div_(self.count))
 
-    def weight(self, counted: Tensor) -> Tensor | int:
+    def weight(self, counted: Tensor) -> Tensor:
         """What to multiply this replica's mean by, so that the average over replicas is the mean over all rows.
 
         Args:
             counted: rows of this replica's part that carry a loss, a 0-dim tensor.
         """
-        if self.count == 1:
-            return 1
         (total,) = self.sum(counted)
         return counted * self.count / total.clamp(min=1)
 
     def mean(self, mean: Tensor, counted: Tensor) -> Tensor:
         """The mean over the rows of all replicas, given that over the ``counted`` rows of this one; 0-dim tensors."""
-        if self.count == 1:
-            return mean
         total, rows = self.sum(torch.stack([mean * counted, counted.to(mean.dtype)]))[0]
         return total / rows.clamp(min=1)
 

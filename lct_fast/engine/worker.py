@@ -270,6 +270,8 @@ class Worker:
         """Mean of a per-sample loss [N] over the rows that count, of all replicas, on the device."""
         objective = self.settings.objective
         here = loss.detach().sum() * objective.scale(target)
+        if self.replicas.count == 1:
+            return here
         return self.replicas.mean(here, objective.counted(target))
 
     def owes(self, batch: int) -> bool:
@@ -360,7 +362,10 @@ class Worker:
     def _scale(self, target: Tensor, divisor: int) -> Tensor:
         """The factor of the mean loss, such that gradients averaged over replicas are those of the whole batch."""
         objective = self.settings.objective
-        return objective.scale(target, divisor) * self.replicas.weight(objective.counted(target))
+        scale = objective.scale(target, divisor)
+        if self.replicas.count == 1:
+            return scale
+        return scale * self.replicas.weight(objective.counted(target))
 
     def compare_codebooks(self) -> None:
         """Checks that all replicas code alike.
