@@ -204,8 +204,15 @@ def test_a_full_disk_under_a_checkpoint_is_one_line_and_the_run_goes_on_later(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def fill() -> None:
+        # What is being written behind the loop's back is let through: the disk is full for the next one.
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint writer":
+                thread.join(60)
+        monkeypatch.setattr(checkpoint, "_write_group", full)
+
     with monkeypatch.context() as patch:
-        _interrupt(patch, 8, lambda: setattr(checkpoint, "_write_group", full))
+        _interrupt(patch, 8, fill)
         patch.setattr(checkpoint, "_write_group", checkpoint._write_group)
         assert _train(tmp_path / "run") == 2
     said = _said(capsys)
