@@ -175,6 +175,40 @@ def test_eval_and_export_agree_with_the_run(tmp_path: Path, capsys: pytest.Captu
         exported.load(tmp_path / "bad.safetensors")
 
 
+def test_the_exit_that_meets_a_constraint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = tmp_path / "run", tmp_path / "exit.safetensors"
+    assert _train(run, "--epochs", "3", "--method", "greedy") == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "--table", "--json", "--latency-batch", "3"]) == 0
+    rows = json.loads(capsys.readouterr().out)["structures"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert [r["accuracy"] for r in rows] == summary["exit_test_accuracy"]
+    assert [r["macs"] for r in rows] == sorted(r["macs"] for r in rows)
+    assert main(["eval", str(run), "--table"]) == 0
+    assert "latency of a batch of 1" in capsys.readouterr().out
+
+    def chosen(*constraints: str) -> int:
+        assert main(["export", str(run), "--out", str(out), *constraints]) == 0
+        assert "<- chosen" in capsys.readouterr().out
+        return int(exported.load(out).description["exit"])  # type: ignore[index,arg-type,call-overload]
+
+    assert chosen("--under-macs", str(rows[0]["macs"])) == 1
+    assert chosen("--min-accuracy", f"{100 * rows[0]['accuracy']}%") == 1
+    best = max(rows, key=lambda r: r["accuracy"])
+    assert chosen("--under-macs", "1G") == best["exit"]
+    for value, flag in (
+        ("-3", "--under-macs"),
+        ("4X", "--under-macs"),
+        ("1.5", "--min-accuracy"),
+        ("0", "--min-accuracy"),
+    ):
+        assert f"{flag}: expected" in _refused(
+            capsys, "export", str(run), "--out", str(out), f"{flag}={value}"
+        )
+    said = _refused(capsys, "export", str(run), "--out", str(out), "--exit", "2", "--min-accuracy", "0.5")
+    assert "leave it out" in said
+
+
 def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(list(argv)) == 2
     error = capsys.readouterr().err.strip()
