@@ -12,7 +12,7 @@ import lct_fast
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    from lct_fast.cli import bench, evaluate, export, info, processes, report, train
+    from lct_fast.cli import bench, evaluate, export, info, plan, processes, report, train
     from lct_fast.cli.config import ConfigError
     from lct_fast.engine import OutOfMemoryError, PeerError, ReplicaError, heartbeat
     from lct_fast.ops import BackendError
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=lct_fast.__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, evaluate, export, bench, report, info):
+    for command in (train, evaluate, export, bench, plan, report, info):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:

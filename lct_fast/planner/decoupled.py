@@ -1,0 +1,80 @@
+"""Simulation of groups that learn on their own: pipelined (arXiv 2102.01963, 2106.06401) and asynchronous."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lct_fast.planner.costs import GroupCost, Link
+from lct_fast.planner.simulate import Step
+
+# Slots at each end of a link, as the engine has them.
+DEPTH = 2
+
+
+def pipelined(
+    costs: Sequence[GroupCost], microbatches: int, link: Link, ratio: float = 1.0
+) -> tuple[Step, float]:
+    """A step of ``microbatches`` once the pipeline is full, and the seconds that filling it takes, once a run.
+
+    Group k works on batch t - k at tick t: it decodes, trains on its own loss, encodes and sends on. It waits for its
+    input and for room in its outgoing slots. Nothing but losses travels back, whose bytes are not counted.
+
+    Args:
+        ratio: how many times fewer bytes the codec sends.
+    """
+    count = len(costs)
+    work = _work(costs, microbatches)
+    transfer = np.asarray([link.seconds(c.activation_bytes / ratio) for c in costs])
+    # Long enough that the slowest group or link sets the pace at the end.
+    batches = 4 * DEPTH + 2 * count + 32
+    end, over, taken = (np.zeros((count, DEPTH)) for _ in range(3))
+    arrival = np.zeros(count)
+    finished = np.zeros(batches)
+    last = np.zeros(count)
+    sent_until = np.zeros(count)
+    for tick in range(batches + count - 1):
+        k = np.arange(max(0, tick - batches + 1), min(count, tick + 1))
+        batch = tick - k
+        slot = batch % DEPTH
+        # Room: the batch that held this slot has left for the next group.
+        begin = np.maximum(last[k], np.maximum(arrival[k], over[k, slot]))
+        done = begin + work[k]
+        end[k, slot], last[k] = done, done
+        taken[k, slot] = done
+        # It leaves when the link is free and the next group has let go of the slot it goes to.
+        after = np.minimum(k + 1, count - 1)
+        room = np.where((batch >= DEPTH) & (k < count - 1), taken[after, slot], 0.0)
+        leaves = np.maximum(np.maximum(done, sent_until[k]), room)
+        sent_until[k] = over[k, slot] = leaves + transfer[k]
+        inner = k < count - 1
+        arrival[k[inner] + 1] = over[k[inner], slot[inner]] + link.latency
+        if k[-1] == count - 1:
+            finished[batch[-1]] = done[-1]
+    half = batches // 2
+    pace = float(finished[-1] - finished[half]) / (batches - 1 - half)
+    # The last group sends nothing.
+    nbytes = microbatches * sum(c.activation_bytes for c in costs[:-1]) / ratio
+    inputs = np.asarray([0.0, *(c.activation_bytes for c in costs[:-1])])
+    step = Step(microbatches * pace, microbatches * work, (1 + DEPTH / ratio) * inputs, nbytes)
+    return step, float(finished[0])
+
+
+def asynchronous(costs: Sequence[GroupCost], microbatches: int, link: Link, ratio: float = 1.0) -> Step:
+    """A step when every group goes at its own pace out of a replay buffer (arXiv 2106.06401).
+
+    No group waits for another; the step is over when the slowest has made its updates. A slow link makes groups train
+    on the same batch again, which costs accuracy and no time.
+    """
+    work = _work(costs, microbatches)
+    seconds = microbatches * float(work.max())
+    nbytes = sum(min(microbatches * c.activation_bytes / ratio, seconds * link.bandwidth) for c in costs[:-1])
+    inputs = np.asarray([0.0, *(c.activation_bytes for c in costs[:-1])])
+    return Step(seconds, microbatches * work, (1 + DEPTH / ratio) * inputs, nbytes)
+
+
+def _work(costs: Sequence[GroupCost], microbatches: int) -> NDArray[np.float64]:
+    """Seconds of each group for a microbatch, with its share of the optimiser's step."""
+    return np.asarray([c.decode_s + c.local_s + c.encode_s + c.update_s / microbatches for c in costs])
