@@ -24,7 +24,7 @@ def test_python_blocks_run(page: str) -> None:
 
 def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"^lct-fast (\w+)", README, re.M))
-    assert commands == {"train", "eval", "export", "bench", "report", "info"}
+    assert commands == {"train", "eval", "export", "bench", "plan", "report", "info"}
     for command in sorted(commands):
         with pytest.raises(SystemExit) as status:
             main([command, "--help"])
