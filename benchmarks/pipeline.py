@@ -76,8 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     from torch.multiprocessing.spawn import spawn
 
     from benchmarks import pipeline_report as report
+    from benchmarks.pipeline_gather import WORKERS
     from benchmarks.pipeline_model import Task
-    from benchmarks.pipeline_rounds import WORKERS, Plan, work
+    from benchmarks.pipeline_plan import with_predictions
+    from benchmarks.pipeline_rounds import Plan, work
     from lct_fast.bench.machine import commit, cpu_model
 
     task = Task(widths=TINY_WIDTHS, batch=32) if args.tiny else Task()
@@ -89,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             args.trace.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(folder, "trace-0.json"), args.trace)
     rows = [report.row(r, found["first"][r["name"]]) for r in found["rows"]]
+    rows = with_predictions(rows, found["costs"])
     shares = [share for r in rows for share in r["foreign_cpu_share"]]
     summary = report.summary(rows, {critic: list(b.values()) for critic, b in found["balance"].items()})
     out = {
@@ -111,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         "optimizer": f"SGD {task.lr}, momentum {task.momentum}, fused",
         **summary,
         "busy_s": found["balance"],
+        "costs": found["costs"],
         "meter": found["meter"],
         "meter_us_a_tick": report.meter_cost(),
         "failed_checks": found["failed_checks"],
@@ -122,6 +126,11 @@ def main(argv: list[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(out, indent=2) + "\n")
     print(report.table(rows, summary["t1_us"]))
+    for r in rows:
+        if "predicted_us" in r:
+            print(
+                f"planned {r['contender']:<58} {r['predicted_us'] / 1e3:7.1f} ms  {r['prediction_error']:+.1%}"
+            )
     for name, value in summary.items():
         print(f"{name:<40} {f'{value:.4g}' if isinstance(value, float) else value}")
     if not out["quiet"]:

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks import pipeline_balance
+from benchmarks import pipeline_balance, pipeline_plan
 from benchmarks.pipeline_check import Judge, merged
+from benchmarks.pipeline_gather import WORKERS, gathered
 from benchmarks.pipeline_local import Ceiling, Decoupled
 from benchmarks.pipeline_model import CODEC, CONV, FORMATS, POOLED, Task
 from benchmarks.pipeline_rivals import Backprop, Contender, DataParallel, Pipeline, Setting, TwoThreads
 from lct_fast.bench.machine import FOREIGN, busy_seconds
 from lct_fast.engine.trace import write_trace
 
-WORKERS = 2
 BUILDERS: dict[str, type[Contender]] = {
     "backprop": Backprop,
     "two threads": TwoThreads,
@@ -66,13 +66,6 @@ def settings(most: int = 16) -> list[Setting]:
         Setting("decoupled", "channels_last", 1, method, POOLED, CODEC)
         for method in ("greedy", "local-critic")
     ]
-    return out
-
-
-def gathered(value: Any) -> list[Any]:
-    """``value`` of every process, in every process. Waits without spinning."""
-    out: list[Any] = [None] * WORKERS
-    dist.all_gather_object(out, value)
     return out
 
 
@@ -175,6 +168,8 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
         for critic in tqdm((POOLED, CONV), desc="balance"):
             setting = Setting("no link", "channels_last", 1, "local-critic", critic)
             found["balance"][critic] = pipeline_balance.measure(task, setting, plan.samples)._asdict()
+    counts = [m for m in (1, 2, 4, 8, 16) if m <= plan.microbatches]
+    found["costs"] = pipeline_plan.measured(task, counts, rank)
     judge = Judge(task)
     contenders = []
     for setting in tqdm(settings(plan.microbatches), disable=rank > 0, desc="set-up and checks"):

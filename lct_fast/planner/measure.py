@@ -30,23 +30,31 @@ def measure(groups: Sequence[Group], rows: int, codec: str = "none") -> list[Gro
     Raises:
         ValueError: a codec that does not fit what crosses a cut.
     """
-    kept = [[b.clone() for b in g.buffers()] for g in groups]
+    return [measure_group(groups, k, rows, codec) for k in range(len(groups))]
+
+
+def measure_group(groups: Sequence[Group], k: int, rows: int, codec: str = "none") -> GroupCost:
+    """As ``measure``, of ``groups[k]`` alone. Images are in channels-last memory if the group's weights are."""
+    group = groups[k]
+    kept = [b.clone() for b in group.buffers()]
     try:
-        return [_group(groups, k, rows, codec) for k in range(len(groups))]
+        return _measure(groups, k, rows, codec)
     finally:
-        for group, before in zip(groups, kept, strict=True):
-            for buffer, value in zip(group.buffers(), before, strict=True):
-                buffer.copy_(value)
-            group.zero_grad()
+        for buffer, value in zip(group.buffers(), kept, strict=True):
+            buffer.copy_(value)
+        group.zero_grad()
 
 
-def _group(groups: Sequence[Group], k: int, rows: int, spec: str) -> GroupCost:
+def _measure(groups: Sequence[Group], k: int, rows: int, spec: str) -> GroupCost:
     group = groups[k]
     group.train()
     parameter = next(group.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     example = groups[0].cut.example
     x = _input(example, None if k == 0 else groups[k - 1].shape, rows, device)
+    weights = [p for p in group.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    if weights and weights[0].is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
     target = torch.zeros(rows, dtype=torch.int64, device=device)
     needs_gradient = k > 0
 
