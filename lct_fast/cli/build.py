@@ -136,8 +136,8 @@ def total_steps(config: Config, per_epoch: int) -> int:
 
 
 def serial_block(config: Config, per_epoch: int) -> int:
-    """Serial batches in a row: as asked for, or the method's default."""
-    return config.serial_block or (per_epoch if config.method in LAYER_PARALLEL else 16)
+    """Serial batches in a row; where nobody said, an epoch of so many batches."""
+    return config.serial_block or per_epoch
 
 
 def build_trainer(

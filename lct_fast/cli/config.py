@@ -139,6 +139,11 @@ _LAYER_PARALLEL = {
     "lr": 0.005,
     "beta": 0.01,
 }
+# Of all other methods; beta is not read there.
+_OTHERS = {
+    "beta": 0.01,
+    "serial_block": 16,
+}
 
 
 def resolve(given: dict[str, Any]) -> Config:
@@ -156,10 +161,7 @@ def resolve(given: dict[str, Any]) -> Config:
     values = {k: _typed(known[k], v) for k, v in given.items() if v is not None}
     config = Config(**values)
     table = _DIGITS if config.data.partition(":")[0] == "digits" else _IMAGES
-    # Read by those methods alone; the rest keep a valid number.
-    table = table | (
-        _LAYER_PARALLEL if config.method in LAYER_PARALLEL else {"beta": _LAYER_PARALLEL["beta"]}
-    )
+    table = table | (_LAYER_PARALLEL if config.method in LAYER_PARALLEL else _OTHERS)
     for key, value in table.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
