@@ -182,7 +182,7 @@ def _schedule(config: Config, steps: int) -> str | Hybrid | Async:
     if config.schedule == "async":
         return Async(steps, config.buffer, config.reuse_limit, config.slow_group, config.slow_down)
     if config.serial:
-        block = config.serial_block or 16
+        block = 16 if config.serial_block is None else config.serial_block
         return Hybrid(config.serial, config.schedule, block, config.serial_microbatches)
     return config.schedule
 

@@ -225,7 +225,8 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
 def _check_serial(config: Config) -> None:
     try:
         schedule = config.schedule if config.serial else "lockstep"
-        hybrid = Hybrid(config.serial, schedule, config.serial_block or 16, config.serial_microbatches)
+        block = 16 if config.serial_block is None else config.serial_block
+        hybrid = Hybrid(config.serial, schedule, block, config.serial_microbatches)
         hybrid.check_rows(config.batch_size)
     except ValueError as error:
         raise ConfigError(f"--serial, --serial-block, --serial-microbatches: {error}") from None
