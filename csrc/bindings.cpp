@@ -10,6 +10,7 @@ namespace lct::bindings {
 // One for each csrc/bindings/<op>.cpp.
 void bind_bn_relu_pool(py::module_& module);
 void bind_block_quantize(py::module_& module);
+void bind_consensus(py::module_& module);
 void bind_critic_head(py::module_& module);
 void bind_group_linear(py::module_& module);
 void bind_vq(py::module_& module);
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_C, module) {
 
   bind_bn_relu_pool(module);
   bind_block_quantize(module);
+  bind_consensus(module);
   bind_critic_head(module);
   bind_group_linear(module);
   bind_vq(module);

@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lct_fast import data, models
-from lct_fast.cli.config import Config, ConfigError
+from lct_fast.cli.config import LAYER_PARALLEL, Config, ConfigError
 from lct_fast.data import Batches, ImageData
 from lct_fast.engine import Async, Hybrid, Trainer, split
 from lct_fast.engine.group import Group
-from lct_fast.methods import METHODS, LocalCritic, Method
+from lct_fast.methods import METHODS, LayerParallel, LocalCritic, Method
 
 
 def set_up(config: Config) -> list[torch.device]:
@@ -62,7 +63,16 @@ def training_batches(config: Config, images: ImageData, device: torch.device) ->
         augment=config.augment,
         drop_last=True,
         device=device,
+        augmented=_augmented(config),
     )
+
+
+def _augmented(config: Config) -> Callable[[int], bool] | None:
+    """Stored inputs belong to images as they are: with them only serial batches are augmented."""
+    if config.method not in LAYER_PARALLEL:
+        return None
+    schedule = _schedule(config, 0)
+    return schedule.is_serial if isinstance(schedule, Hybrid) else lambda batch: False
 
 
 def test_batches(config: Config, images: ImageData, device: torch.device) -> Batches:
@@ -125,8 +135,23 @@ def total_steps(config: Config, per_epoch: int) -> int:
     return min(planned, config.steps) if config.steps else planned
 
 
-def build_trainer(config: Config, groups: list[Group], devices: list[torch.device], steps: int) -> Trainer:
-    """The trainer of a run of ``steps`` batches."""
+def serial_block(config: Config, per_epoch: int) -> int:
+    """Serial batches in a row; where nobody said, an epoch of so many batches."""
+    return config.serial_block or per_epoch
+
+
+def build_trainer(
+    config: Config,
+    groups: list[Group],
+    devices: list[torch.device],
+    steps: int,
+    samples: int | None = None,
+    sample_folder: Path | None = None,
+) -> Trainer:
+    """The trainer of a run of ``steps`` batches of a set of ``samples``.
+
+    ``sample_folder``: where files with the samples' state go, for a run that asks for such.
+    """
     return Trainer(
         groups,
         _method(config),
@@ -146,6 +171,9 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         replicas=config.replicas,
         start_timeout=config.start_timeout,
         step_timeout=config.step_timeout,
+        samples=samples if config.method in LAYER_PARALLEL else None,
+        sample_codec=config.lambda_codec,
+        sample_folder=sample_folder if config.lambda_store == "disk" else None,
         graphs={"auto": None, "on": True, "off": False}[config.graphs],
     )
 
@@ -154,13 +182,16 @@ def _schedule(config: Config, steps: int) -> str | Hybrid | Async:
     if config.schedule == "async":
         return Async(steps, config.buffer, config.reuse_limit, config.slow_group, config.slow_down)
     if config.serial:
-        return Hybrid(config.serial, config.schedule, config.serial_block, config.serial_microbatches)
+        block = 16 if config.serial_block is None else config.serial_block
+        return Hybrid(config.serial, config.schedule, block, config.serial_microbatches)
     return config.schedule
 
 
 def _method(config: Config) -> Method:
     if config.method == LocalCritic.name:
         return LocalCritic(config.critic_every, config.critic_loss, partial(_critic_optimizer, config))
+    if config.method in LAYER_PARALLEL:
+        return LayerParallel(config.method.replace("-", "_"), config.beta, config.eta)
     return METHODS[config.method]()
 
 

@@ -14,12 +14,14 @@ import yaml
 from lct_fast import codecs
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.schedules import PIPELINED_DELAY, SCHEDULES
-from lct_fast.methods import Greedy
+from lct_fast.methods import Greedy, LayerParallel
 
-METHODS = ("local-critic", "greedy", "backprop")
+LAYER_PARALLEL = ("penalty", "augmented-lagrangian")
+METHODS = ("local-critic", "greedy", *LAYER_PARALLEL, "backprop")
 LR_SCHEDULES = ("onecycle", "step", "cosine", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AUGMENT = ("none", "crop_flip")
+LAMBDA_STORES = ("memory", "disk")
 
 
 class ConfigError(ValueError):
@@ -48,6 +50,12 @@ class Config:
     critic_every: int = _option(1, "update the critics on every n-th update (local-critic)")
     critic_loss: str = _option("l1", "the critic's loss (local-critic)", ("l1", "one_sided"))
     critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
+    beta: float = _option(None, "weight of the penalty (penalty, augmented-lagrangian)")
+    eta: float | None = _option(None, "step of lambda (penalty, augmented-lagrangian); default 0.2 / beta")
+    lambda_store: str = _option(
+        "memory", "where lambda is kept: in the device's memory, or in files of the run folder", LAMBDA_STORES
+    )
+    lambda_codec: str = _option("none", "what lambda is kept as, e.g. bf16, int8 or downsample:2")
     codec: list[str] = _option(
         None, f"what crosses cuts in training, one for all or one a cut: auto | {' | '.join(codecs.names())}"
     )
@@ -58,7 +66,9 @@ class Config:
     serial: float = _option(
         0.0, "share of batches trained by back-propagation through all groups, 0 <= Q < 1 (not for backprop)"
     )
-    serial_block: int = _option(16, "such batches in a row")
+    serial_block: int | None = _option(
+        None, "such batches in a row; default 16, for penalty and augmented-lagrangian an epoch"
+    )
     serial_microbatches: int = _option(1, "equal parts that such a batch is cut into")
     buffer: int = _option(1, "async: slots of the replay buffer at each cut")
     reuse_limit: int | None = _option(
@@ -124,6 +134,18 @@ _IMAGES = {
 }
 
 
+# What penalty and augmented-lagrangian need instead: their losses are sums over features.
+_LAYER_PARALLEL = {
+    "lr": 0.005,
+    "beta": 0.01,
+}
+# Of all other methods; beta is not read there.
+_OTHERS = {
+    "beta": 0.01,
+    "serial_block": 16,
+}
+
+
 def resolve(given: dict[str, Any]) -> Config:
     """A checked Config from the options given; the data set's defaults fill the rest.
 
@@ -139,6 +161,7 @@ def resolve(given: dict[str, Any]) -> Config:
     values = {k: _typed(known[k], v) for k, v in given.items() if v is not None}
     config = Config(**values)
     table = _DIGITS if config.data.partition(":")[0] == "digits" else _IMAGES
+    table = table | (_LAYER_PARALLEL if config.method in LAYER_PARALLEL else _OTHERS)
     for key, value in table.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
@@ -182,6 +205,7 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
     _check_serial(config)
     _check_async(config, known)
+    _check_layer_parallel(config, known)
     if config.replicas > 1 and (config.schedule != "pipelined" or config.groups < 2 or config.serial):
         raise ConfigError(
             f"replicas: {config.replicas} of them take --schedule pipelined, 2 groups or more and no --serial, got "
@@ -201,13 +225,33 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
 def _check_serial(config: Config) -> None:
     try:
         schedule = config.schedule if config.serial else "lockstep"
-        hybrid = Hybrid(config.serial, schedule, config.serial_block, config.serial_microbatches)
+        block = 16 if config.serial_block is None else config.serial_block
+        hybrid = Hybrid(config.serial, schedule, block, config.serial_microbatches)
         hybrid.check_rows(config.batch_size)
     except ValueError as error:
         raise ConfigError(f"--serial, --serial-block, --serial-microbatches: {error}") from None
     if config.serial and config.method == "backprop":
         raise ConfigError(
             "serial: all batches of backprop are serial; leave --serial out, or choose another method"
+        )
+
+
+def _check_layer_parallel(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
+    if config.method not in LAYER_PARALLEL:
+        for key in ("eta", "lambda_store", "lambda_codec"):
+            if getattr(config, key) != known[key].default:
+                raise ConfigError(
+                    f"{key}: is for {' and '.join(LAYER_PARALLEL)}, this run's method is {config.method}"
+                )
+        return
+    try:
+        LayerParallel(config.method.replace("-", "_"), config.beta, config.eta)
+        codecs.build(config.lambda_codec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.replicas > 1:
+        raise ConfigError(
+            f"replicas: {config.method} keeps a state for each sample, which they do not share; use 1"
         )
 
 

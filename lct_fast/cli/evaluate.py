@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``eval``."""
     trained = load_run(args.folder, args.data)
     test = build.test_batches(trained.config, trained.images, trained.device)
-    count = len(trained.trainer.groups)
+    count = sum(group.has_exit for group in trained.trainer.groups)
     wanted = _parse(args.exit, count)
     logits, labels = collect(trained.trainer.groups, ((x, y) for _, x, y in test.epoch(0)))
     if args.table:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from lct_fast.cli.config import Config
 from lct_fast.cli.recorder import Recorder
 from lct_fast.data import Batches
@@ -32,8 +34,8 @@ def run_here(
     recorder.begin()
     while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
-        for _, x, y in batches.epoch(epoch, start):
-            recorder.record(trainer.step(x, y))
+        for index, x, y in batches.epoch(epoch, start):
+            recorder.record(trainer.step(x, y, _samples(trainer, batches, epoch, index)))
             done, over = trainer.batch, _over(trainer, recorder)
             ends, saves = recorder.ends_epoch(done) or over, not over and _saves(config, recorder, done)
             if ends or saves:
@@ -65,8 +67,8 @@ def drive(
 
     while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
-        for _, x, y in batches.epoch(epoch, start):
-            trainer.step(share(x), share(y))
+        for index, x, y in batches.epoch(epoch, start):
+            trainer.step(share(x), share(y), _samples(trainer, batches, epoch, index))
             done, over = trainer.batch, _over(trainer, recorder)
             if recorder.ends_epoch(done) or over:
                 trainer.evaluate((x, y) for _, x, y in test.epoch(0))
@@ -115,6 +117,11 @@ def end(trainer: Trainer) -> None:
         trainer.stop()
     else:
         list(trainer.events())
+
+
+def _samples(trainer: Trainer, batches: Batches, epoch: int, index: int) -> Tensor | None:
+    """Which samples a batch holds, for a method that keeps something for each."""
+    return batches.samples(epoch, index) if trainer.method.sample_state else None
 
 
 def _over(trainer: Trainer, recorder: Recorder) -> bool:

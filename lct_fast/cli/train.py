@@ -86,7 +86,8 @@ def train(
     groups, config.split = build.build_groups(config, facts, devices[0], processes.from_first)
     per_epoch = facts.train_images // config.batch_size
     steps = build.total_steps(config, per_epoch)
-    trainer = build.build_trainer(config, groups, devices, steps)
+    config.serial_block = build.serial_block(config, per_epoch)
+    trainer = build.build_trainer(config, groups, devices, steps, facts.train_images, folder.path / "lambda")
     if "auto" in config.codec:
         # A resumed run keeps what was chosen.
         config.codec = trainer.wires or ["none"]
@@ -172,6 +173,15 @@ def _serial(trainer: Trainer, meter: Meter) -> dict[str, Any] | None:
     }
 
 
+def _speed_up(trainer: Trainer, meter: Meter) -> dict[str, float] | None:
+    """What groups at once gain, from the groups' own times, and what is left of it with the serial steps."""
+    if not all(g.timed() for g in meter.groups):
+        return None
+    busy = [g.busy / g.timed() for g in meter.groups]
+    gain, share = sum(busy) / max(busy), trainer.hybrid.share if trainer.hybrid else 0.0
+    return {"parallel_gain": gain, "serial_share": share, "overall": 1 / (share + (1 - share) / gain)}
+
+
 def _tell_eager(config: Config, trainer: Trainer, told: list[str], quiet: bool) -> list[str]:
     """Prints why groups run without CUDA graphs, but for what was told."""
     lines = [] if config.graphs == "off" else eager_lines(trainer.workers)
@@ -193,7 +203,7 @@ def _summary(
         "data": data_name,
         "groups": len(trainer.groups),
         "split": config.split if len(trainer.groups) > 1 else [],
-        "critic": config.critic if len(trainer.groups) > 1 else None,
+        "critic": config.critic if len(trainer.groups) > 1 and trainer.method.uses_critics else None,
         "codec": " ".join(config.codec),
         "codec_choices": [
             c and {"codec": c.codec, "predicted_seconds": c.predicted} for c in trainer.choices
@@ -214,6 +224,7 @@ def _summary(
         "raw_bytes_per_sample": meter.per_sample(meter.raw_bytes),
         "feedback_bytes_per_sample": meter.per_sample(meter.feedback_bytes),
         "serial": _serial(trainer, meter),
+        "speed_up": _speed_up(trainer, meter) if on_cpu and trainer.method.sample_state else None,
         "bubble_fraction": meter.bubble_fraction() if timed else None,
         "exposed_transfer_fraction": meter.exposed_transfer_fraction() if timed else None,
         "efficiency": meter.efficiency() if timed else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -22,7 +22,8 @@ class Batches:
 
     images: uint8 [N, C, H, W]; labels: int64 [N]. Both are moved to ``device`` once, here. mean, std: per
     channel, [C], of images / 255. augment: "none", or "crop_flip" (zero-pad by 4 pixels, crop at random to
-    the old size, mirror every other image on average). classes: if given, labels must be in [0, classes).
+    the old size, mirror every other image on average). augmented: which batches are, by their number over all epochs;
+    None for all. classes: if given, labels must be in [0, classes).
 
     Order and augmentation are pure functions of (seed, epoch, batch index) for a given set and batch size:
     one CPU generator per epoch draws the permutation, then one integer per position in it. So ``epoch(e,
@@ -46,6 +47,7 @@ class Batches:
         drop_last: bool = False,
         device: torch.device | str = "cpu",
         classes: int | None = None,
+        augmented: Callable[[int], bool] | None = None,
     ) -> None:
         check_split("Batches", images, labels, classes)
         if augment not in AUGMENTATIONS:
@@ -73,6 +75,8 @@ class Batches:
         self.seed = seed
         self.shuffle = shuffle
         self.augment = augment
+        self._augmented = augmented
+        self._order: tuple[int, Tensor] | None = None
         self.drop_last = drop_last
         self.device = torch.device(device)
         self.images = images.to(self.device).contiguous()
@@ -107,10 +111,19 @@ class Batches:
             window = slice(index * self.batch_size, (index + 1) * self.batch_size)
             chosen = order[window]
             raw = self.images.index_select(0, chosen)
-            if codes is not None:
+            if codes is not None and self._augments(epoch * len(self) + index):
                 raw = self._crop_flip(raw, codes[window])
             x = raw.float().mul_(self._scale).sub_(self._shift)
             yield index, x, self.labels.index_select(0, chosen)
+
+    def samples(self, epoch: int, index: int) -> Tensor:
+        """Which images batch ``index`` of epoch ``epoch`` holds: int64 [B], on the CPU."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self.draws(epoch)[0]
+        return self._order[1][index * self.batch_size : (index + 1) * self.batch_size]
+
+    def _augments(self, number: int) -> bool:
+        return self._augmented is None or self._augmented(number)
 
     def draws(self, epoch: int) -> tuple[Tensor, Tensor | None]:
         """The epoch's random numbers, on the CPU: order int64 [N] and, with augmentation, a code int64 [N]

@@ -52,7 +52,7 @@ class AsyncStage(Stage):
             self._behind_finished = True
         return self._behind_finished and not self.group.learns
 
-    def step(self, x: Tensor, y: Tensor) -> Stats:
+    def step(self, x: Tensor, y: Tensor, samples: Tensor | None = None) -> Stats:
         """Train on a batch, or only forward it; the other groups go on on their own."""
         if self._behind_finished and not self.group.learns:
             raise RuntimeError(

@@ -435,7 +435,7 @@ def _check_codecs(path: Path, worker: Worker, description: dict[str, Any]) -> No
 def _check_kept(path: Path, worker: Worker, description: dict[str, Any]) -> None:
     if worker.kept is not None and description.get("kept") is None:
         raise CheckpointError(
-            f"{path} holds no replay buffers: it is of a run with another schedule than async"
+            f"{path} holds no {worker.kept.what}: it is of a run with another schedule or method"
         )
 
 

@@ -31,12 +31,13 @@ class Progressive:
 
 
 def exit_logits(groups: Sequence[Group], x: Tensor) -> list[Tensor]:
-    """Logits [N, V] of every exit, fp32, on the last group's device; groups should be in evaluation mode."""
+    """Logits [N, V] of every exit there is, fp32, on the last group's device; groups should be in evaluation mode."""
     logits = []
     h = x
     for group in groups:
         h = group.layers(h.to(_device(group, h)))
-        logits.append(group.critic(h).float())
+        if group.has_exit:
+            logits.append(group.critic(h).float())
     return [z.to(logits[-1].device) for z in logits]
 
 
@@ -51,7 +52,7 @@ def collect(groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]]) -
     for g in groups:
         g.eval()
     try:
-        parts: list[list[Tensor]] = [[] for _ in groups]
+        parts: list[list[Tensor]] = [[] for g in groups if g.has_exit]
         labels = []
         for x, y in batches:
             for part, z in zip(parts, exit_logits(groups, x), strict=True):
@@ -74,8 +75,9 @@ def score(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
 
 
 def summed(scores: Tensor) -> Evaluation:
-    """The evaluation of exits whose scores [K, 4] were summed over all batches."""
-    if not scores[0, 3]:
+    """The evaluation of exits whose scores [K, 4] were summed over batches; a group without an exit scored no rows."""
+    scores = scores[scores[:, 3] > 0]
+    if not len(scores):
         raise ValueError("evaluation: expected at least one batch, got none")
     loss, correct, counted, rows = scores.cpu().unbind(1)
     return Evaluation(int(rows[0]), (loss / counted.clamp(min=1)).tolist(), (correct / rows).tolist())

@@ -32,6 +32,7 @@ class Inputs:
 
     Attributes:
         losses: mean losses of the groups before, [k]; None before the first.
+        samples: as in ``Worker.train``, where they lie.
         refused: 0-dim, 1 where the batch must leave no trace; None if that is known to be not so.
         coded: h as the codec sent it; with ``layout`` None, h itself.
     """
@@ -42,6 +43,7 @@ class Inputs:
     coded: tuple[Tensor, ...]
     layout: Layout | None
     version: int = 0
+    samples: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -69,7 +71,7 @@ def train_work(worker: Worker, batch: int, inputs: Inputs, keep_slot: bool | Non
     if not any(True for _ in worker.group.layers.parameters()):
         # Its output may be a view of its input.
         h = h.clone()
-    result = worker.compute(batch, h, target, refused, keep_slot)
+    result = worker.compute(batch, h, target, refused, keep_slot, inputs.samples)
     mean = worker.mean(result.loss, target)[None]
     losses = mean if inputs.losses is None else torch.cat((inputs.losses, mean))
     return Work(result, target, losses, refused)
@@ -85,6 +87,8 @@ def why_eager(worker: Worker, device: Device) -> str | None:
     """Why the group cannot run as CUDA graphs, as far as that shows before it runs; None if it does not."""
     if not device.overlaps:
         return f"it runs on the {worker.device.type}"
+    if worker.settings.method.sample_state:
+        return f"{worker.settings.method.name} keeps something for each sample, and the host says for which"
     if worker.settings.accumulate > 1:
         return f"accumulate={worker.settings.accumulate}: not every batch ends in the same work"
     if any(isinstance(m, DistributedDataParallel) for m in (worker.layers, *worker.group.modules())):

@@ -25,6 +25,10 @@ class OutputHead(Critic):
         return h if self.head is None else self.head(h)
 
 
+class NoCritic(Critic):
+    """Stands where a method has no critic: the group has no exit."""
+
+
 class Group(nn.Module):
     """Layers h_{k-1} -> h_k and the head on h_k.
 
@@ -59,6 +63,17 @@ class Group(nn.Module):
     @property
     def cut(self) -> Cut:
         return self._cut[0]
+
+    @property
+    def has_exit(self) -> bool:
+        """Whether groups 1..k and this one's head are a network of their own."""
+        return not isinstance(self.critic, NoCritic)
+
+    def without_critic(self) -> Group:
+        """The same group, parameters shared, for a method that has no critics."""
+        if self.last:
+            return self
+        return Group(self.layers, NoCritic(), last=False, units=self.units, shape=self.shape, cut=self.cut)
 
     @property
     def fused(self) -> FusedLayers | None:
@@ -131,6 +146,8 @@ def exit_module(groups: list[Group], k: int) -> nn.Module:
     """
     if not 1 <= k <= len(groups):
         raise ValueError(f"exit: expected 1..{len(groups)}, got {k}")
+    if not groups[k - 1].has_exit:
+        raise ValueError(f"exit {k}: the method has no critics, so the only exit is the last, {len(groups)}")
     cut = groups[0].cut
     if k == len(groups):
         return cut.model

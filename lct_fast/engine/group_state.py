@@ -118,14 +118,18 @@ def _pending_state(pending: Pending) -> dict[str, Any]:
         "scale": slot.scale,
         "target": slot.target,
         "layers": {n: list(pair) for n, pair in slot.layers.items()},
+        "kept": slot.kept,
+        "samples": slot.samples,
+        "era": slot.era,
     }
 
 
 def _pending(state: dict[str, Any], device: torch.device) -> Pending:
-    names = ("u", "dlogits", "loss", "scale", "target")
+    names = ("u", "dlogits", "loss", "scale", "target", "samples")
     tensors = {n: state[n] if state[n] is None else state[n].to(device) for n in names}
     layers = {n: (x.to(device), g.to(device)) for n, (x, g) in state["layers"].items()}
-    slot = Slot(**tensors, layers=layers)
+    kept = {n: t.to(device) for n, t in state["kept"].items()}
+    slot = Slot(**tensors, layers=layers, kept=kept, era=state["era"])
     return Pending(state["batch"], slot)
 
 

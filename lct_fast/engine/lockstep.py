@@ -24,7 +24,9 @@ class Lockstep:
         self.batch = 0
         self.serial = SerialSteps(workers) if workers[0].settings.hybrid else None
 
-    def step(self, x: Tensor, y: Tensor, refused: Tensor | None = None) -> Stats:
+    def step(
+        self, x: Tensor, y: Tensor, refused: Tensor | None = None, samples: Tensor | None = None
+    ) -> Stats:
         """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1."""
         check_flags(self.workers)
         if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
@@ -38,13 +40,13 @@ class Lockstep:
             meter.begin(batch)
             target = y.to(worker.device)
             bad = refused if refused is None else refused.to(worker.device)
-            result = worker.train(batch, worker.place(h), target, bad)
+            result = worker.train(batch, worker.place(h), target, bad, samples)
             losses.append(worker.mean(result.loss, target).to(self.workers[0].device))
             worker.update(batch)
             if worker.owes(batch):
                 before = self.workers[k - 1]
-                before.receive_feedback(batch, result.loss.detach().to(before.device))
-                worker.owe(batch, result.loss)
+                before.receive_feedback(batch, result.feedback.detach().to(before.device))
+                worker.owe(batch, result.feedback)
             if not worker.last:
                 coded = worker.encode(result.h)
                 sent += coded.nbytes

@@ -29,6 +29,8 @@ class PacedGroup:
         losses: mean loss [K] of each exit as known here, its own at its latest update; NaN where there is none yet.
     """
 
+    what = "replay buffers"
+
     def __init__(self, worker: Worker, pace: Async, groups: int, turns: Turns | None = None) -> None:
         self.worker, self.steps = worker, pace.steps
         self.buffer = None if worker.index == 0 else ReplayBuffer(pace.buffer, pace.reuse_limit)

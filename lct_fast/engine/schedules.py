@@ -94,6 +94,10 @@ def plan(
         raise ValueError(f"replicas: expected an integer >= 1, got {replicas}")
     # A share of 0 is no hybrid.
     hybrid = hybrid if hybrid and hybrid.serial else None
+    if replicas > 1 and method.sample_state:
+        raise ValueError(
+            f"replicas={replicas}: {method.name} keeps a state for each sample, which replicas do not share; use 1"
+        )
     if replicas > 1 and not (pipelined and over_processes and hybrid is None):
         raise ValueError(
             f"replicas={replicas} takes the pipelined schedule, without serial steps, over {replicas} processes a "
@@ -103,11 +107,11 @@ def plan(
 
 
 def _check_method(name: str, method: Method, hybrid: Hybrid | None, pace: Async | None, groups: int) -> None:
-    if hybrid is not None and not method.uses_critics:
+    if hybrid is not None and method.joins_groups:
         raise ValueError(
             f"{method.name} has no Hybrid: all of its batches are serial; use a method whose groups learn on their own"
         )
-    if name == "pipelined" and not method.uses_critics:
+    if name == "pipelined" and method.joins_groups:
         raise ValueError(
             f"{method.name} has no pipelined schedule here: use torch.distributed.pipelining, or a method whose "
             f"groups learn on their own"

@@ -132,6 +132,7 @@ class SerialSteps:
         for worker in self.workers:
             worker.update(batch)
         for worker in self.workers:
+            worker.forget_samples()
             worker.learn(batch)
             count_step(worker, batch, len(x), start)
         known = torch.full((len(self.workers),), float("nan"), device=self.workers[0].device)

@@ -89,7 +89,7 @@ class Stage:
 
     # What the first group's process does.
 
-    def step(self, x: Tensor, y: Tensor) -> Stats:
+    def step(self, x: Tensor, y: Tensor, samples: Tensor | None = None) -> Stats:
         """Train on a batch; the other groups follow on their own."""
         worker = self.worker
         worker.meter.begin(self.batch)
@@ -97,7 +97,7 @@ class Stage:
             x = x.to(worker.device).contiguous()
             return self._serial_step(self.serial, x, x[:0], y.to(worker.device))
         losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
-        return self._train(worker.place(x), y.to(worker.device), losses)
+        return self._train(worker.place(x), y.to(worker.device), losses, samples)
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], coded: bool) -> Evaluation | None:
         """Sends the batches down the stream; the last group's process gets the result."""
@@ -144,8 +144,8 @@ class Stage:
             if packet.kind is Kind.TRAIN:
                 self._expect(packet)
                 meter.add_exposed(self._exposed(packet, waited.start))
-                target, losses = packet.tensors
-                yield self._train(worker.place(self._decode(packet)), target, losses.clone())
+                target, losses, *samples = (packet.tensors[0], *(t.clone() for t in packet.tensors[1:]))
+                yield self._train(worker.place(self._decode(packet)), target, losses, *samples)
                 continue
             if packet.kind is Kind.SERIAL:
                 self._expect(packet)
@@ -185,16 +185,17 @@ class Stage:
             self._forward(packet)
             self._close()
 
-    def _train(self, h: Tensor, target: Tensor, losses: Tensor) -> Stats:
+    def _train(self, h: Tensor, target: Tensor, losses: Tensor, samples: Tensor | None = None) -> Stats:
         worker, batch = self.worker, self.batch
         meter = worker.meter
-        result = worker.train(batch, h, target)
+        result = worker.train(batch, h, target, samples=samples)
         losses[worker.index] = worker.mean(result.loss, target)
-        sent = self._send(batch, result.h, target, losses)
+        sent = self._send(batch, result.h, target, losses, samples)
         if worker.owes(batch):
             assert self.owing is not None
-            self.owing.put(Packet(Kind.FEEDBACK, batch, [result.loss]))
-            worker.owe(batch, result.loss)
+            feedback = dense(result.feedback)
+            self.owing.put(Packet(Kind.FEEDBACK, batch, [feedback]))
+            worker.owe(batch, feedback)
         # The slot is free from here: nothing below reads the input.
         if self.inbox is not None:
             self.inbox.release()
@@ -221,6 +222,7 @@ class Stage:
             self.outbox.put(Packet(Kind.SERIAL, batch, [dense(target), dense(example)]))
         loss, sent = serial.step(batch, x, target)
         worker.update(batch)
+        worker.forget_samples()
         self._take_feedback(batch - worker.settings.feedback_delay)
         worker.learn(batch)
         count_step(worker, batch, len(target), start)
@@ -239,13 +241,16 @@ class Stage:
             )
         return self.serial
 
-    def _send(self, batch: int, h: Tensor, target: Tensor, losses: Tensor) -> int:
+    def _send(
+        self, batch: int, h: Tensor, target: Tensor, losses: Tensor, samples: Tensor | None = None
+    ) -> int:
         if self.outbox is None:
             return 0
         assert self.worker.encoder is not None
         coded = self.worker.encode(h)
         codec = wire.codec_number(self.worker.encoder.name)
-        self.outbox.put(Packet(Kind.TRAIN, batch, [dense(target), losses], coded=coded, codec=codec))
+        tensors = [dense(target), losses, *([] if samples is None else [samples.to(losses.device)])]
+        self.outbox.put(Packet(Kind.TRAIN, batch, tensors, coded=coded, codec=codec))
         return coded.nbytes
 
     def _decoder(self, packet: Packet) -> Codec:

@@ -33,6 +33,7 @@ class _Cargo:
     refusable: bool
     layout: Layout | None = None
     version: int = 0
+    samples: Tensor | None = None
 
 
 class Ticks:
@@ -82,7 +83,9 @@ class Ticks:
         self.settled = True
         self.serial = SerialSteps(workers) if workers[0].settings.hybrid else None
 
-    def step(self, x: Tensor, y: Tensor, refused: Tensor | None = None) -> Stats:
+    def step(
+        self, x: Tensor, y: Tensor, refused: Tensor | None = None, samples: Tensor | None = None
+    ) -> Stats:
         """One tick: group 1 takes this batch, every other group the one before it left.
 
         A serial batch goes through all groups at once, after those before it. A batch leaves no trace where
@@ -97,7 +100,7 @@ class Ticks:
                 for device, stream in zip(self.devices, self.streams, strict=True):
                     _join(device, stream, device.current())
                 self.settled = False
-            self._enter(x, y, refused)
+            self._enter(x, y, refused, samples)
             done = self._tick()
         self.batch += 1
         if done is not None:
@@ -130,7 +133,7 @@ class Ticks:
         stats.in_flight = 0
         return stats
 
-    def _enter(self, x: Tensor, y: Tensor, refused: Tensor | None) -> None:
+    def _enter(self, x: Tensor, y: Tensor, refused: Tensor | None, samples: Tensor | None) -> None:
         source = self._device(x.device)
         ring = self.forward[0]
         if ring is None or ring.source is not source:
@@ -139,7 +142,7 @@ class Ticks:
         ring.send(self.batch, [y, *flags, x], source.current())
         # The caller may write over the batch. This waits for group 1 to have room, and for nothing behind it.
         ring.wait_sent(self.batch, source.current())
-        self.waiting[0] = _Cargo(self.batch, refused is not None)
+        self.waiting[0] = _Cargo(self.batch, refused is not None, samples=samples)
 
     def _tick(self) -> Stats | None:
         done, sent = None, 0
@@ -178,7 +181,7 @@ class Ticks:
         before.release(batch, stream)
         self._send(k, cargo, work)
         if worker.owes(batch):
-            self._give_back(k, batch, work.result.loss)
+            self._give_back(k, batch, work.result.feedback)
         if not updated:
             worker.update(batch)
         self._learn(k, batch)
@@ -189,7 +192,7 @@ class Ticks:
         target, *rest = tensors
         losses = rest.pop(0) if k else None
         refused = rest.pop(0) if cargo.refusable else None
-        return Inputs(target, losses, refused, tuple(rest), cargo.layout, cargo.version)
+        return Inputs(target, losses, refused, tuple(rest), cargo.layout, cargo.version, cargo.samples)
 
     def _send(self, k: int, cargo: _Cargo, work: Work) -> None:
         worker, ring = self.workers[k], self.forward[k + 1] if k + 1 < len(self.workers) else None
@@ -202,11 +205,12 @@ class Ticks:
         flags = [] if work.refused is None else [work.refused]
         tensors = [work.target, work.losses, *flags, *work.coded.tensors]
         ring.send(cargo.batch, tensors, self.streams[k])
-        self.waiting[k + 1] = _Cargo(cargo.batch, cargo.refusable, work.coded.layout, work.coded.version)
+        coded = work.coded
+        self.waiting[k + 1] = _Cargo(cargo.batch, cargo.refusable, coded.layout, coded.version, cargo.samples)
 
-    def _give_back(self, k: int, batch: int, loss: Tensor) -> None:
-        self.workers[k].owe(batch, loss)
-        (arriving,) = self.backward[k - 1].send(batch, [loss], self.streams[k])
+    def _give_back(self, k: int, batch: int, feedback: Tensor) -> None:
+        self.workers[k].owe(batch, feedback)
+        (arriving,) = self.backward[k - 1].send(batch, [feedback], self.streams[k])
         self.workers[k - 1].receive_feedback(batch, arriving)
 
     def _learn(self, k: int, batch: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.lockstep import Lockstep
 from lct_fast.engine.meter import Meter
 from lct_fast.engine.ranks import Ranks
+from lct_fast.engine.sample_store import Samples
 from lct_fast.engine.schedules import Async, Plan, plan
 from lct_fast.engine.stage import Stage
 from lct_fast.engine.stats import Event, Stats
@@ -63,7 +65,7 @@ class Trainer:
 
     Args:
         groups: what ``lct.split`` returned.
-        method: ``LocalCritic()``, ``Greedy()`` or ``Backprop()``; the last joins all groups into one.
+        method: ``LocalCritic()``, ``Greedy()``, ``LayerParallel()`` or ``Backprop()``, which joins all groups into one.
         codec: what crosses the cuts in training: a spec of ``lct.codecs.build``, or a list of one for each cut. "auto"
             measures work, codecs and links at the batch size of ``split``'s example input, and chooses; see
             ``choices``.
@@ -97,6 +99,13 @@ class Trainer:
             two calls of ``step`` (``beat`` in longer ones).
         graphs: pipelined in one process, run each group as CUDA graphs: True, False, or None for where they can be;
             ``workers[k].eager_because`` says why not.
+
+        samples: how many training samples there are, for a method that keeps something for each (``LayerParallel``);
+            ``step`` is then told which ones a batch holds.
+        sample_codec: how that is kept: a spec of ``lct.codecs.build`` whose codec has no state and codes each sample by
+            itself.
+        sample_folder: folder of files that it is kept in, mapped into memory; None keeps it in the memory of each
+            group's device. Files of that folder are written over.
 
     Attributes:
         wires: the codec's spec for each cut.
@@ -135,6 +144,9 @@ class Trainer:
         start_timeout: float = 600.0,
         step_timeout: float = 300.0,
         graphs: bool | None = None,
+        samples: int | None = None,
+        sample_codec: str = "none",
+        sample_folder: Path | None = None,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -151,8 +163,12 @@ class Trainer:
         for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
             if not 0 < seconds < float("inf"):
                 raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
+        if method.sample_state and "auto" in ([codec] if isinstance(codec, str) else codec):
+            raise ValueError(f"codec auto measures steps that {method.name} does not make: name a codec")
         self.method = method
-        self.groups = list(groups) if method.uses_critics else [join(list(groups))]
+        self.groups = [join(list(groups))] if method.joins_groups else list(groups)
+        if not method.uses_critics:
+            self.groups = [g.without_critic() for g in self.groups]
         method.check([g.critic for g in self.groups[:-1]])
         self.schedule, self.hybrid = planned.name, planned.hybrid
         self.wires = self._wires(codec)
@@ -195,9 +211,12 @@ class Trainer:
         if "auto" in self.wires:
             self._choose_codecs()
         # An end of a cut has a codec of its own.
+        self._samples = Samples(method, samples)
         ends = [None, *self.wires, None]
         for worker in self.workers:
             worker.set_codecs(ends[worker.index], ends[worker.index + 1])
+            if samples is not None:
+                worker.set_store(samples, sample_codec, sample_folder)
         self._run = self._runner(planned, graphs, seed)
         if graphs and not isinstance(self._run, Ticks):
             raise ValueError("graphs=True: CUDA graphs are for the pipelined schedule in one process")
@@ -234,7 +253,7 @@ class Trainer:
         """Async: whether every group has made its updates. Elsewhere a batch that was given is all there is to do."""
         return self._run.finished if isinstance(self._run, Asynchronous | AsyncStage) else True
 
-    def step(self, x: Tensor, y: Tensor) -> Stats:
+    def step(self, x: Tensor, y: Tensor, samples: Tensor | None = None) -> Stats:
         """Train on one batch. Over processes, called in the first group's.
 
         Async it returns when group 1 has taken the batch; the others are where they are.
@@ -242,9 +261,11 @@ class Trainer:
         Args:
             x: the model's input, [N, ...], floating point or token ids.
             y: int64 labels [N], or soft labels [N, V] in floating point.
+            samples: int64 [N], each sample's number in the training set, from 0 and none twice; for a method that
+                keeps something for each.
 
         Raises:
-            ValueError: shapes or labels that do not fit.
+            ValueError: shapes, labels or samples that do not fit.
             NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated. On a CUDA device
                 it comes two batches later, and tells which batch it was.
             OutOfMemoryError: names the group.
@@ -260,12 +281,16 @@ class Trainer:
             y, refused = self._check(x, y, self.batch)
         else:
             y, refused = self._check(x, y, self.batch, at_once=True)
+        samples = self._samples.check(samples, len(x))
         if self.hybrid is not None:
             self.hybrid.check_rows(len(x))
         start = time.perf_counter()
-        stats = (
-            self._run.step(x, y, refused) if isinstance(self._run, Lockstep | Ticks) else self._run.step(x, y)
-        )
+        if isinstance(self._run, Lockstep | Ticks):
+            stats = self._run.step(x, y, refused, samples)
+        elif isinstance(self._run, Asynchronous):
+            stats = self._run.step(x, y)
+        else:
+            stats = self._run.step(x, y, samples)
         self.meter.step_seconds.append(time.perf_counter() - start)
         return stats
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.meter import GroupMeter
 from lct_fast.engine.random_stream import RandomStream
 from lct_fast.engine.replicas import Replicas
+from lct_fast.engine.sample_store import SampleStore
 from lct_fast.methods import LocalStep, Method, Objective, Slot
 from lct_fast.methods.method import OptimizerFactory
 
@@ -58,6 +60,9 @@ class Pending:
 class Stateful(Protocol):
     """Something a checkpoint keeps: tensors and plain data out, the same in."""
 
+    # What it holds, for an error that says that there is none.
+    what: str
+
     def state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
@@ -81,6 +86,7 @@ class Worker:
         owed: losses [N] of the latest ``feedback_delay`` batches that the group before learns from, oldest first.
         meter: the group's own.
         kept: what a schedule has beside it that a checkpoint keeps with the group.
+        store: what the method keeps for every training sample; None where it keeps nothing.
         gate: finds NaN and Inf on a device; None on the host, where it is seen at once.
         eager_because: why the group does not run as CUDA graphs; None if it does, or nobody asked.
     """
@@ -120,6 +126,7 @@ class Worker:
         self.owed: deque[tuple[int, Tensor]] = deque()
         self.meter = GroupMeter(index, group.last)
         self.kept: Stateful | None = None
+        self.store: SampleStore | None = None
         # One replica alone must not leave out an update: with several the host looks, as it does for the CPU.
         gated = device.type == "cuda" and self.replicas.count == 1
         self.gate = Gate(index, device) if gated else None
@@ -131,6 +138,18 @@ class Worker:
         self.encoder = None if encoder is None else codecs.build(encoder)
         if self.encoder is not None:
             self.encoder.join(self.replicas)
+
+    def set_store(self, samples: int, codec: str, folder: Path | None) -> None:
+        """Makes room for what the method keeps for each of so many training samples."""
+        names = self.settings.method.sample_state
+        if names and not self.last:
+            file = None if folder is None else folder / f"group-{self.index + 1}"
+            self.store = self.kept = SampleStore(names, samples, self.group.shape, codec, self.device, file)
+
+    def forget_samples(self) -> None:
+        """Gives up what is kept for samples: the weights have moved on without it."""
+        if self.store is not None:
+            self.store.forget()
 
     def _ready(self, module: nn.Module) -> nn.Module:
         return torch.compile(module) if self.settings.compile else module  # type: ignore[return-value]
@@ -159,19 +178,27 @@ class Worker:
             self.device, memory_format=settings.memory_format if h.dim() == 4 else torch.preserve_format
         )
 
-    def train(self, batch: int, h: Tensor, target: Tensor, refused: Tensor | None = None) -> LocalStep:
+    def train(
+        self,
+        batch: int,
+        h: Tensor,
+        target: Tensor,
+        refused: Tensor | None = None,
+        samples: Tensor | None = None,
+    ) -> LocalStep:
         """Forward, local loss and local backward on batch number ``batch``; gradients are left in ``.grad``.
 
         Args:
             h: h_{k-1} [N, ...], on the group's device.
             target: as in ``Trainer.step``, on the group's device.
             refused: 0-dim, 1 where the batch must leave no trace; on the group's device.
+            samples: int64 [N], numbers of the samples in the training set, where the method keeps something for them.
 
         Raises:
             NonFiniteError, OutOfMemoryError: they name the group; nothing was updated.
         """
         self.check()
-        result = self.compute(batch, h, target, refused)
+        result = self.compute(batch, h, target, refused, samples=samples)
         self.took(batch, len(h), result)
         return result
 
@@ -204,6 +231,7 @@ class Worker:
         target: Tensor,
         refused: Tensor | None = None,
         keep_slot: bool | None = None,
+        samples: Tensor | None = None,
     ) -> LocalStep:
         """The part of ``train`` that is work for the device; ``keep_slot``: whether the batch's slot is wanted."""
         settings = self.settings
@@ -213,15 +241,19 @@ class Worker:
         try:
             averaging = self.replicas.averaging(self._ends_update(batch))
             with averaging, self.random.active(), self.autocast():
-                result = settings.method.local_step(
-                    self,
-                    h,
-                    target,
-                    settings.objective,
-                    self._scale(target, settings.accumulate),
-                    keep_slot=self.wants(batch) if keep_slot is None else keep_slot,
-                    span=self.meter.span,
-                )
+                scale = self._scale(target, settings.accumulate)
+                if settings.method.sample_state:
+                    result = self._sample_step(h, target, scale, samples)
+                else:
+                    result = settings.method.local_step(
+                        self,
+                        h,
+                        target,
+                        settings.objective,
+                        scale,
+                        keep_slot=self.wants(batch) if keep_slot is None else keep_slot,
+                        span=self.meter.span,
+                    )
         except RuntimeError as error:
             if out_of_memory(error):
                 raise OutOfMemoryError(
@@ -244,6 +276,21 @@ class Worker:
         bad = self.gate.look(result.loss, gradients, refused)
         for buffer, before in buffers:
             restore(buffer, before, bad)
+        return result
+
+    def _sample_step(self, h: Tensor, target: Tensor, scale: Tensor, samples: Tensor | None) -> LocalStep:
+        """The step of a method that keeps something for each sample."""
+        kept = None
+        if self.store is not None:
+            assert samples is not None, "the trainer has asked for them"
+            with self.meter.span("sample state"):
+                kept = self.store.read(samples)
+        settings = self.settings
+        result = settings.method.sample_step(
+            self, h, target, settings.objective, scale, kept, answers=self.index > 0, span=self.meter.span
+        )
+        if result.slot is not None and self.store is not None:
+            result.slot.samples, result.slot.era = samples, self.store.era
         return result
 
     def encode(self, h: Tensor) -> Encoded:
@@ -345,10 +392,12 @@ class Worker:
             return self.group.layers(h)
 
     def evaluate(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """h_k and the exit's ``score`` on these samples, in evaluation mode."""
+        """h_k and the exit's ``score`` on these samples, zeros without an exit; in evaluation mode."""
         self.group.eval()
         with torch.no_grad():
             h = self.group.layers(h)
+            if not self.group.has_exit:
+                return h, torch.zeros(4, dtype=torch.float64, device=self.device)
             return h, score(self.group.critic(h).float(), target, self.settings.objective)
 
     def set_learning_rate(self, rate: float) -> None:
@@ -395,7 +444,25 @@ class Worker:
                     f"group {self.index + 1}: the feedback of batch {pending.batch} is missing"
                 )
             self.meter.feedback_bytes += pending.next_loss.nbytes
-            self.hear(pending.slot, pending.next_loss)
+            if self.store is None:
+                self.hear(pending.slot, pending.next_loss)
+            else:
+                self._keep(pending, self.store)
+
+    def _keep(self, pending: Pending, store: SampleStore) -> None:
+        """What is kept for the samples of a batch, now that the next group has answered."""
+        slot, back = pending.slot, pending.next_loss
+        assert slot.samples is not None and back is not None
+        if slot.era != store.era:
+            return
+        with self.meter.span("sample state"):
+            found = self.settings.method.late_state(slot, back)
+            if self.gate is None and not all(bool(torch.isfinite(t).all()) for t in found.values()):
+                raise NonFiniteError(
+                    f"what group {self.index + 1} keeps for the samples of batch {pending.batch} is NaN or Inf: lower "
+                    f"the learning rate, beta or eta, and go on from the last checkpoint"
+                )
+            store.write(slot.samples, found)
 
     def hear(self, slot: Slot, next_loss: Tensor) -> None:
         """The critic's gradients from one batch: work for the device."""

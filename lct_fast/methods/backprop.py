@@ -10,3 +10,4 @@ class Backprop(Method):
 
     name = "backprop"
     uses_critics = False
+    joins_groups = True

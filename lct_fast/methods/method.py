@@ -55,7 +55,8 @@ class Slot:
 
     Where the head has a vocabulary of classes ``target`` [N] stands in place of ``dlogits``. ``layers`` maps the name
     of each parametric layer in the critic's features to (input, cotangent at its output); the cotangents carry
-    ``scale``.
+    ``scale``. Of a method that keeps a ``sample_state``, ``kept`` is what it was when the batch passed, and the engine
+    notes whose it was: ``samples`` [N], and the ``era`` of the store.
     """
 
     u: Tensor
@@ -64,25 +65,53 @@ class Slot:
     scale: Tensor
     target: Tensor | None = None
     layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    samples: Tensor | None = None
+    era: int = 0
 
 
 @dataclass(slots=True)
 class LocalStep:
-    """Result of one local step: h_k (detached), loss [N] of the head on it, and the slot for late feedback."""
+    """Result of one local step: h_k (detached), loss [N] of the head on it, and the slot for late feedback.
+
+    ``back`` is what the group before gets, where that is not the loss.
+    """
 
     h: Tensor
     loss: Tensor
     slot: Slot | None = None
+    back: Tensor | None = None
+
+    @property
+    def feedback(self) -> Tensor:
+        """What travels back over the cut before the group."""
+        return self.loss if self.back is None else self.back
+
+
+@dataclass(slots=True)
+class SampleState:
+    """What a group keeps for the samples of a batch: tensors [N, ...] fp32 by name, and ``known`` [N], bool.
+
+    A sample that was not seen yet, or whose state was given up, has zeros.
+    """
+
+    known: Tensor
+    tensors: dict[str, Tensor]
 
 
 class Method:
     """One way for groups to learn. A method leaves gradients in ``.grad``; the engine clips and updates."""
 
     name: str
-    # The next group's per-sample loss travels back over each cut.
+    # The next group's per-sample loss, or what its steps name ``back``, travels back over each cut.
     uses_feedback = False
-    # Every group but the last has a head of its own; without, the engine joins all groups into one.
+    # Every group but the last has a head of its own; without, only the last exit exists.
     uses_critics = True
+    # The engine joins all groups into one.
+    joins_groups = False
+    # Names of what every group but the last keeps for each training sample, in the shape of its output; where there
+    # are any, the engine calls ``sample_step`` and ``late_state`` in place of ``local_step`` and ``critic_step``.
+    sample_state: tuple[str, ...] = ()
     # The critic's parameters belong to the group's optimiser.
     joint_optimizer = True
     # Factory of the optimiser of each critic; only read when joint_optimizer is False.
@@ -111,6 +140,28 @@ class Method:
         Unless a method says otherwise, layers and head learn together from the head's own loss.
         """
         return joint_step(group, x, target, objective, scale, span=span, each_row=self.uses_feedback)
+
+    def sample_step(
+        self,
+        group: GroupLike,
+        x: Tensor,
+        target: Tensor,
+        objective: Objective,
+        scale: Tensor,
+        kept: SampleState | None,
+        *,
+        answers: bool,
+        span: Span = no_span,
+    ) -> LocalStep:
+        """As ``local_step``, given what the group keeps for these samples; None in the last group.
+
+        ``answers``: whether there is a group before, which gets ``back``.
+        """
+        raise TypeError(f"{type(self).__name__} keeps nothing for samples")
+
+    def late_state(self, slot: Slot, back: Tensor) -> dict[str, Tensor]:
+        """What is kept for the slot's samples from now on, by name, given what came back from the next group."""
+        raise TypeError(f"{type(self).__name__} keeps nothing for samples")
 
     def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor, objective: Objective) -> None:
         """Add the critic's gradients, now that the next group's loss [N] on the same batch is known."""

@@ -6,6 +6,7 @@ Importing this registers the ops with torch under `torch.ops.lct`; it loads no b
 from lct_fast.ops.backend import BackendError, backends, names, use_backend
 from lct_fast.ops.block_quantize import BlockQuantized, block_dequantize, block_quantize
 from lct_fast.ops.bn_relu_pool import BnReluPool, bn_relu_pool
+from lct_fast.ops.consensus import ConsensusAdjoint, ConsensusUpdate, consensus_adjoint, consensus_update
 from lct_fast.ops.critic_head import CriticHead, critic_head, critic_head_wgrad
 from lct_fast.ops.group_linear import UNFUSED_CLASSES, GroupLinear, group_linear
 from lct_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -15,6 +16,8 @@ __all__ = [
     "BackendError",
     "BlockQuantized",
     "BnReluPool",
+    "ConsensusAdjoint",
+    "ConsensusUpdate",
     "CriticHead",
     "UNFUSED_CLASSES",
     "GroupLinear",
@@ -24,6 +27,8 @@ __all__ = [
     "block_dequantize",
     "block_quantize",
     "bn_relu_pool",
+    "consensus_adjoint",
+    "consensus_update",
     "critic_head",
     "critic_head_wgrad",
     "group_linear",
