@@ -22,7 +22,7 @@ from lct_fast.engine import (
     Trainer,
     split,
 )
-from lct_fast.methods import Backprop, Greedy, LocalCritic, Method
+from lct_fast.methods import Backprop, Greedy, LikelihoodRatio, LocalCritic, Method
 from lct_fast.ops import use_backend
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "Greedy",
     "Group",
     "Hybrid",
+    "LikelihoodRatio",
     "LocalCritic",
     "Mark",
     "Method",

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from lct_fast import data, models
-from lct_fast.cli.config import Config, ConfigError
+from lct_fast.cli.config import Config, ConfigError, likelihood_ratio
 from lct_fast.data import Batches, ImageData
 from lct_fast.engine import Async, Hybrid, Trainer, split
 from lct_fast.engine.group import Group
-from lct_fast.methods import METHODS, LocalCritic, Method
+from lct_fast.methods import METHODS, LikelihoodRatio, LocalCritic, Method
 
 
 def set_up(config: Config) -> list[torch.device]:
@@ -161,6 +161,8 @@ def _schedule(config: Config, steps: int) -> str | Hybrid | Async:
 def _method(config: Config) -> Method:
     if config.method == LocalCritic.name:
         return LocalCritic(config.critic_every, config.critic_loss, partial(_critic_optimizer, config))
+    if config.method == LikelihoodRatio.name:
+        return likelihood_ratio(config)
     return METHODS[config.method]()
 
 
