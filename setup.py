@@ -35,6 +35,9 @@ X86_LEVELS = {
 }
 # Every csrc/cpu/*_vnni.cpp is compiled once, for the level avx512vnni: avx512 in all else.
 X86_VNNI = [*X86_LEVELS["avx512"], "-mavx512vnni"]
+# perturb promises the same bits at every level, so no product there meets its sum in one instruction. Nobody looks at
+# errno or the exceptions of its roots and quotients, which would keep them from becoming vectors.
+EXACT = {"perturb_simd": ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]}
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wno-unknown-pragmas"]
 # GCC 12 takes the undefined registers in its own AVX-512 headers for uninitialized ones (its PR 105593).
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -187,7 +190,7 @@ def write_ninja(path: Path, output: Path) -> None:
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.stem.endswith("_simd"):
                 for level, flags in levels.items():
-                    flags = [*flags, *QUIET, f"-DLCT_SIMD_LEVEL={level}"]
+                    flags = [*flags, *QUIET, *EXACT.get(source.stem, []), f"-DLCT_SIMD_LEVEL={level}"]
                     compile_cxx(source, f"{source.stem}.{level}", flags)
             elif source.stem.endswith("_vnni"):
                 if x86:

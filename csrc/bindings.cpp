@@ -13,6 +13,7 @@ void bind_block_quantize(py::module_& module);
 void bind_consensus(py::module_& module);
 void bind_critic_head(py::module_& module);
 void bind_group_linear(py::module_& module);
+void bind_perturb(py::module_& module);
 void bind_vq(py::module_& module);
 
 namespace {
@@ -64,5 +65,6 @@ PYBIND11_MODULE(_C, module) {
   bind_consensus(module);
   bind_critic_head(module);
   bind_group_linear(module);
+  bind_perturb(module);
   bind_vq(module);
 }

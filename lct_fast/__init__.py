@@ -22,7 +22,7 @@ from lct_fast.engine import (
     Trainer,
     split,
 )
-from lct_fast.methods import Backprop, Greedy, LayerParallel, LocalCritic, Method
+from lct_fast.methods import Backprop, Greedy, LayerParallel, LikelihoodRatio, LocalCritic, Method
 from lct_fast.ops import use_backend
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "Group",
     "Hybrid",
     "LayerParallel",
+    "LikelihoodRatio",
     "LocalCritic",
     "Mark",
     "Method",

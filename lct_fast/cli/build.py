@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from lct_fast import data, models
-from lct_fast.cli.config import LAYER_PARALLEL, Config, ConfigError
+from lct_fast.cli.config import LAYER_PARALLEL, Config, ConfigError, likelihood_ratio
 from lct_fast.data import Batches, ImageData
 from lct_fast.engine import Async, Hybrid, Trainer, split
 from lct_fast.engine.group import Group
-from lct_fast.methods import METHODS, LayerParallel, LocalCritic, Method
+from lct_fast.methods import METHODS, LayerParallel, LikelihoodRatio, LocalCritic, Method
 
 
 def set_up(config: Config) -> list[torch.device]:
@@ -192,6 +192,8 @@ def _method(config: Config) -> Method:
         return LocalCritic(config.critic_every, config.critic_loss, partial(_critic_optimizer, config))
     if config.method in LAYER_PARALLEL:
         return LayerParallel(config.method.replace("-", "_"), config.beta, config.eta)
+    if config.method == LikelihoodRatio.name:
+        return likelihood_ratio(config)
     return METHODS[config.method]()
 
 

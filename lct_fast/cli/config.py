@@ -14,10 +14,13 @@ import yaml
 from lct_fast import codecs
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.schedules import PIPELINED_DELAY, SCHEDULES
-from lct_fast.methods import Greedy, LayerParallel
+from lct_fast.methods import Greedy, LayerParallel, LikelihoodRatio
+from lct_fast.methods.likelihood_ratio import NOISE
+from lct_fast.methods.likelihood_ratio_noise import SAMPLING
+from lct_fast.methods.likelihood_ratio_storage import STORAGE
 
 LAYER_PARALLEL = ("penalty", "augmented-lagrangian")
-METHODS = ("local-critic", "greedy", *LAYER_PARALLEL, "backprop")
+METHODS = ("local-critic", "greedy", *LAYER_PARALLEL, "likelihood-ratio", "backprop")
 LR_SCHEDULES = ("onecycle", "step", "cosine", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AUGMENT = ("none", "crop_flip")
@@ -56,6 +59,17 @@ class Config:
         "memory", "where lambda is kept: in the device's memory, or in files of the run folder", LAMBDA_STORES
     )
     lambda_codec: str = _option("none", "what lambda is kept as, e.g. bf16, int8 or downsample:2")
+    noise: str = _option("boundary", "where noise goes (likelihood-ratio)", NOISE)
+    copies: int = _option(32, "noisy copies of each sample (likelihood-ratio)")
+    sigma: float | None = _option(
+        None, "standard deviation of the noise (likelihood-ratio); default 0.1, on weights 0.01"
+    )
+    antithetic: bool = _option(True, "copies come in pairs with opposite noise (likelihood-ratio)")
+    one_at_a_time: bool = _option(True, "layer-wise noise in one layer at a time (likelihood-ratio)")
+    sampling: str = _option("random", "how noise is drawn (likelihood-ratio)", SAMPLING)
+    baseline: bool = _option(True, "take the noise-free loss off the others (likelihood-ratio)")
+    learn_sigma: bool = _option(False, "learn the noise's scale too (likelihood-ratio)")
+    storage: str = _option("full", "how layers' inputs are kept (layer-wise likelihood-ratio)", STORAGE)
     codec: list[str] = _option(
         None, f"what crosses cuts in training, one for all or one a cut: auto | {' | '.join(codecs.names())}"
     )
@@ -132,6 +146,8 @@ _IMAGES = {
     "critic": ["pooled_linear:pool=4"],
     "codec": ["none"],
 }
+# Over both: batch norm is refused, and without it a gradient that is an estimate may be far too long.
+_LIKELIHOOD_RATIO = {"clip_norm": 1.0}
 
 
 # What penalty and augmented-lagrangian need instead: their losses are sums over features.
@@ -160,8 +176,11 @@ def resolve(given: dict[str, Any]) -> Config:
             raise ConfigError(f"unknown config key {key!r}: {hint}")
     values = {k: _typed(known[k], v) for k, v in given.items() if v is not None}
     config = Config(**values)
-    table = _DIGITS if config.data.partition(":")[0] == "digits" else _IMAGES
+    digits = config.data.partition(":")[0] == "digits"
+    table = _DIGITS if digits else _IMAGES
     table = table | (_LAYER_PARALLEL if config.method in LAYER_PARALLEL else _OTHERS)
+    if config.method == LikelihoodRatio.name:
+        table = table | {"model": "digits_cnn:norm=none" if digits else "vgg8"} | _LIKELIHOOD_RATIO
     for key, value in table.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
@@ -203,6 +222,7 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         )
     if config.schedule == "pipelined" and config.feedback_delay < 1:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
+    _check_likelihood_ratio(config, known)
     _check_serial(config)
     _check_async(config, known)
     _check_layer_parallel(config, known)
@@ -220,6 +240,54 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         raise ConfigError("graphs: CUDA graphs are for --schedule pipelined in one process")
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
+
+
+def _check_likelihood_ratio(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
+    if config.method != LikelihoodRatio.name:
+        for key in (
+            "noise",
+            "copies",
+            "sigma",
+            "antithetic",
+            "one_at_a_time",
+            "sampling",
+            "baseline",
+            "learn_sigma",
+            "storage",
+        ):
+            if getattr(config, key) != known[key].default:
+                raise ConfigError(f"{key}: is for --method likelihood-ratio, this run's is {config.method}")
+        return
+    if config.schedule != "lockstep":
+        raise ConfigError(
+            f"likelihood-ratio has no {config.schedule} schedule: every group asks those behind it for their loss of "
+            f"the same batch; use --schedule lockstep"
+        )
+    if config.codec != ["none"]:
+        raise ConfigError(
+            f"codec: likelihood-ratio sends what crosses as it is; leave it out, got {config.codec}"
+        )
+    if config.compile and config.noise != "boundary":
+        raise ConfigError(f"compile: noise {config.noise} goes into single layers; use --noise boundary")
+    try:
+        likelihood_ratio(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def likelihood_ratio(config: Config) -> LikelihoodRatio:
+    """The method that the options describe."""
+    return LikelihoodRatio(
+        config.noise,
+        config.copies,
+        config.sigma,
+        config.antithetic,
+        config.one_at_a_time,
+        config.sampling,
+        config.baseline,
+        config.learn_sigma,
+        config.storage,
+    )
 
 
 def _check_serial(config: Config) -> None:

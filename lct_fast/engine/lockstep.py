@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lct_fast.engine.behind import Behind
 from lct_fast.engine.serial import SerialSteps
 from lct_fast.engine.stats import Stats
 from lct_fast.engine.worker import Worker, check_flags
@@ -23,6 +24,9 @@ class Lockstep:
         self.workers = list(workers)
         self.batch = 0
         self.serial = SerialSteps(workers) if workers[0].settings.hybrid else None
+        if workers[0].settings.method.asks_behind:
+            for k, worker in enumerate(workers):
+                worker.set_behind(Behind(workers, k))
 
     def step(
         self, x: Tensor, y: Tensor, refused: Tensor | None = None, samples: Tensor | None = None
@@ -34,7 +38,7 @@ class Lockstep:
             self.batch += 1
             return stats
         batch, h = self.batch, x
-        losses, sent = [], 0
+        losses, sent = [], -sum(w.meter.wire_bytes for w in self.workers)
         for k, worker in enumerate(self.workers):
             meter = worker.meter
             meter.begin(batch)
@@ -48,12 +52,11 @@ class Lockstep:
                 before.receive_feedback(batch, result.feedback.detach().to(before.device))
                 worker.owe(batch, result.feedback)
             if not worker.last:
-                coded = worker.encode(result.h)
-                sent += coded.nbytes
-                h = self.workers[k + 1].decode(coded)
+                h = self.workers[k + 1].decode(worker.encode(result.h))
             meter.end()
         for worker in self.workers:
             worker.learn(batch)
+        sent += sum(w.meter.wire_bytes for w in self.workers)
         self.batch += 1
         return Stats(batch, torch.stack(losses), sent, max(len(w.pending) for w in self.workers))
 

@@ -107,6 +107,11 @@ def plan(
 
 
 def _check_method(name: str, method: Method, hybrid: Hybrid | None, pace: Async | None, groups: int) -> None:
+    if method.asks_behind and name != "lockstep":
+        raise ValueError(
+            f"{method.name} has no {name} schedule: every group asks those behind it for their loss of the same batch; "
+            f"use lockstep"
+        )
     if hybrid is not None and method.joins_groups:
         raise ValueError(
             f"{method.name} has no Hybrid: all of its batches are serial; use a method whose groups learn on their own"

@@ -65,7 +65,8 @@ class Trainer:
 
     Args:
         groups: what ``lct.split`` returned.
-        method: ``LocalCritic()``, ``Greedy()``, ``LayerParallel()`` or ``Backprop()``, which joins all groups into one.
+        method: ``LocalCritic()``, ``Greedy()``, ``LayerParallel()``, ``LikelihoodRatio()`` or ``Backprop()``; the last
+            joins all groups into one.
         codec: what crosses the cuts in training: a spec of ``lct.codecs.build``, or a list of one for each cut. "auto"
             measures work, codecs and links at the batch size of ``split``'s example input, and chooses; see
             ``choices``.
@@ -172,6 +173,10 @@ class Trainer:
         method.check([g.critic for g in self.groups[:-1]])
         self.schedule, self.hybrid = planned.name, planned.hybrid
         self.wires = self._wires(codec)
+        if method.asks_behind and any(spec != "none" for spec in self.wires):
+            raise ValueError(
+                f"codec: {method.name} sends what crosses as it is, expected none, got {', '.join(self.wires)}"
+            )
         self.objective = Objective(loss, ignore_index)
         self.settings = Settings(
             method=method,

@@ -105,6 +105,7 @@ class Worker:
         self.encoder: Codec | None = None
         self.replicas = replicas or Replicas()
         group.to(device=device, memory_format=settings.memory_format)  # type: ignore[call-overload]
+        settings.method.prepare(group.layers, group.critic if group.last else None)
         self.replicas.align(group)
         joint = settings.method.joint_optimizer or group.last
         trained = (group if joint else group.layers).parameters()
@@ -127,6 +128,7 @@ class Worker:
         self.meter = GroupMeter(index, group.last)
         self.kept: Stateful | None = None
         self.store: SampleStore | None = None
+        self._behind: Callable[[Tensor, Tensor], Tensor] | None = None
         # One replica alone must not leave out an update: with several the host looks, as it does for the CPU.
         gated = device.type == "cuda" and self.replicas.count == 1
         self.gate = Gate(index, device) if gated else None
@@ -166,6 +168,15 @@ class Worker:
     @property
     def last(self) -> bool:
         return self.group.last
+
+    def behind(self, h: Tensor, target: Tensor) -> Tensor:
+        """As in ``GroupLike``, for methods that ask."""
+        assert self._behind is not None, "only lockstep runs the groups behind"
+        return self._behind(h, target)
+
+    def set_behind(self, behind: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """What ``behind`` runs."""
+        self._behind = behind
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -114,11 +114,21 @@ class Method:
     sample_state: tuple[str, ...] = ()
     # The critic's parameters belong to the group's optimiser.
     joint_optimizer = True
+    # A group's step asks for the network's loss of outputs of its own making, ``behind(h_k [M, ...], target) -> [M]``
+    # of the group it is given, so groups run in lockstep.
+    asks_behind = False
     # Factory of the optimiser of each critic; only read when joint_optimizer is False.
     critic_optimizer: OptimizerFactory | None = None
 
     def check(self, critics: list[Critic]) -> None:
         """Refuse critics that this method cannot train."""
+
+    def prepare(self, layers: nn.Module, head: nn.Module | None) -> None:
+        """Before a group's optimiser is made: refuse layers that cannot learn this way, add what else learns.
+
+        Args:
+            layers: the group's. head: the end of the network, of the last group; else None.
+        """
 
     def wants_feedback(self, update: int) -> bool:
         """Whether the critics learn from the batches of this update."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from lct_fast._init import he_init
 from lct_fast._spec import parse_spec
-from lct_fast.models import dgl_cnn, digits_cnn, lct_vgg, mlp, preact_resnet, wide_resnet
+from lct_fast.models import dgl_cnn, digits_cnn, lct_vgg, mlp, preact_resnet, resnet5, vgg8, wide_resnet
 
 _MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "dgl_cnn": dgl_cnn.dgl_cnn,
@@ -20,6 +20,8 @@ _MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "lct_vgg": lct_vgg.lct_vgg,
     "mlp": mlp.mlp,
     **{f"preact_resnet{d}": partial(preact_resnet.preact_resnet, d) for d in preact_resnet.DEPTHS},
+    "resnet5": resnet5.resnet5,
+    "vgg8": vgg8.vgg8,
     "wide_resnet": wide_resnet.wide_resnet,
 }
 
@@ -28,6 +30,8 @@ _SPLITS: dict[str, dict[int, list[str]]] = {
     "digits_cnn": digits_cnn.SPLITS,
     "lct_vgg": lct_vgg.SPLITS,
     **{f"preact_resnet{depth}": splits for depth, splits in preact_resnet.SPLITS.items()},
+    "resnet5": resnet5.SPLITS,
+    "vgg8": vgg8.SPLITS,
 }
 
 

@@ -10,6 +10,7 @@ from lct_fast.ops.consensus import ConsensusAdjoint, ConsensusUpdate, consensus_
 from lct_fast.ops.critic_head import CriticHead, critic_head, critic_head_wgrad
 from lct_fast.ops.group_linear import UNFUSED_CLASSES, GroupLinear, group_linear
 from lct_fast.ops.linear_cross_entropy import linear_cross_entropy
+from lct_fast.ops.perturb import normal_quantile, perturb, score
 from lct_fast.ops.vq import VQEncoding, VQState, vq_decode, vq_encode, vq_state, vq_update
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
     "group_linear",
     "linear_cross_entropy",
     "names",
+    "normal_quantile",
+    "perturb",
+    "score",
     "use_backend",
     "vq_decode",
     "vq_encode",

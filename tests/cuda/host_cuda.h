@@ -53,6 +53,7 @@ void __stwb(T* to, T value) {
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 
 using std::max;
 using std::min;

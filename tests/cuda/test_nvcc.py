@@ -17,6 +17,7 @@ SOURCES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 REGISTERS = {
     "block_quantize": {"15quantize_kernel": 32, "dequantize_kernel": 32},
     "critic_head": {"head_kernel": 128, "wgrad_kernel": 128, "fold_kernel": 32},
+    "perturb": {"noise_kernel": 40},
     "vq": {"fold_kernel": 48},
     "vq_decode": {"decode_kernel": 32},
     "vq_deep": {"deep_kernel": 168, "half_norm_kernel": 32},
@@ -153,6 +154,25 @@ def test_block_quantize_moves_16_bytes(ptx: tuple[str, str]) -> None:
         # A fused product and sum would round once instead of twice. Divisions are rounded: see above.
         for body in (there, back):
             assert not re.search(r"\bfma\.", body)
+
+
+def test_perturb_never_fuses_and_moves_vectors(ptx: tuple[str, str]) -> None:
+    source, code = ptx
+    if source != "perturb":
+        return
+    # A fused product and sum would round once instead of twice. Quotients and roots are rounded: see above.
+    assert not re.search(r"\bfma\.", code)
+    assert re.search(r"\bdiv\.rn\.f32", code) and re.search(r"\bsqrt\.rn\.f32", code)
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)^}", code, re.DOTALL | re.MULTILINE))
+    for dtype, written in (
+        ("f", r"v4\.[fub]32"),
+        ("6__half", r"(v4\.[ub]16|v2\.[ub]32)"),
+        ("13__nv_bfloat16", r"(v4\.[ub]16|v2\.[ub]32)"),
+    ):
+        # Lb1: kAligned.
+        whole = [body for name, body in bodies.items() if f"noise_kernelI{dtype}Lb1" in name]
+        assert len(whole) == 2
+        assert all(re.search(rf"st\.global(\.wb)?\.{written}", body) for body in whole), dtype
 
 
 def test_vq_moves_vectors(ptx: tuple[str, str]) -> None:

@@ -21,6 +21,8 @@ SMALL = {
     "preact_resnet18": "preact_resnet18:width=0.0625",
     "preact_resnet34": "preact_resnet34:width=0.0625",
     "preact_resnet50": "preact_resnet50:width=0.0625",
+    "resnet5": "resnet5:width=0.5",
+    "vgg8": "vgg8:width=0.0625",
     "wide_resnet": "wide_resnet:width=0.25,widen=2",
 }
 
