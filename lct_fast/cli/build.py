@@ -160,7 +160,12 @@ def _schedule(config: Config, steps: int) -> str | Hybrid | Async:
 
 def _method(config: Config) -> Method:
     if config.method == LocalCritic.name:
-        return LocalCritic(config.critic_every, config.critic_loss, partial(_critic_optimizer, config))
+        return LocalCritic(
+            config.critic_every,
+            config.critic_loss,
+            partial(_critic_optimizer, config),
+            target=config.critic_target,
+        )
     return METHODS[config.method]()
 
 

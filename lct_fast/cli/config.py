@@ -15,6 +15,7 @@ from lct_fast import codecs
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.schedules import PIPELINED_DELAY, SCHEDULES
 from lct_fast.methods import Greedy
+from lct_fast.methods.local_critic import TARGETS, own_share
 
 METHODS = ("local-critic", "greedy", "backprop")
 LR_SCHEDULES = ("onecycle", "step", "cosine", "constant")
@@ -46,7 +47,12 @@ class Config:
     )
     critic: list[str] = _option(None, "critic's spec, one for all cuts or one a cut, e.g. conv_fc:convs=1")
     critic_every: int = _option(1, "update the critics on every n-th update (local-critic)")
-    critic_loss: str = _option("l1", "the critic's loss (local-critic)", ("l1", "one_sided"))
+    critic_loss: str = _option(
+        "l1", "the critic's loss (local-critic): l1 | one_sided | half_sided | mixed:W, W from 0 to 1"
+    )
+    critic_target: str = _option(
+        "next", "whose loss critics foretell (local-critic); last: in lockstep only", TARGETS
+    )
     critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
     codec: list[str] = _option(
         None, f"what crosses cuts in training, one for all or one a cut: auto | {' | '.join(codecs.names())}"
@@ -177,6 +183,15 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     if config.schedule == "pipelined" and config.method == "backprop":
         raise ConfigError(
             "backprop has no pipelined schedule here: use --schedule lockstep, or local-critic or greedy"
+        )
+    try:
+        own_share(config.critic_loss)
+    except ValueError as error:
+        raise ConfigError(f"critic_loss: {error}") from None
+    if config.critic_target == "last" and config.schedule != "lockstep":
+        raise ConfigError(
+            f"critic_target: last takes --schedule lockstep, got {config.schedule}; elsewhere feedback goes back over "
+            f"one cut"
         )
     if config.schedule == "pipelined" and config.feedback_delay < 1:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")

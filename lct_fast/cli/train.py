@@ -14,6 +14,7 @@ import torch
 from lct_fast.bench.machine import commit, versions
 from lct_fast.cli import build, loop, processes
 from lct_fast.cli.config import Config, add_arguments, given, resolve
+from lct_fast.cli.costs import critic_mac_share
 from lct_fast.cli.info import device_name
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
@@ -219,6 +220,7 @@ def _summary(
         "efficiency": meter.efficiency() if timed else None,
         "imbalance": meter.imbalance() if on_cpu else None,
         "critic_tax": meter.critic_tax() if on_cpu else None,
+        "critic_mac_share": critic_mac_share(trainer.groups),
         "replay": meter.replay() if config.schedule == "async" else None,
         "parameters": sum(parameter_count(g) for g in trainer.groups),
         "device": ", ".join(sorted({device_name(w.device) for w in trainer.workers})),

@@ -32,7 +32,7 @@ class Lockstep:
             self.batch += 1
             return stats
         batch, h = self.batch, x
-        losses, sent = [], 0
+        losses, rows, sent = [], [], 0
         for k, worker in enumerate(self.workers):
             meter = worker.meter
             meter.begin(batch)
@@ -40,20 +40,27 @@ class Lockstep:
             bad = refused if refused is None else refused.to(worker.device)
             result = worker.train(batch, worker.place(h), target, bad)
             losses.append(worker.mean(result.loss, target).to(self.workers[0].device))
+            rows.append(result.loss)
             worker.update(batch)
-            if worker.owes(batch):
-                before = self.workers[k - 1]
-                before.receive_feedback(batch, result.loss.detach().to(before.device))
-                worker.owe(batch, result.loss)
             if not worker.last:
                 coded = worker.encode(result.h)
                 sent += coded.nbytes
                 h = self.workers[k + 1].decode(coded)
             meter.end()
+        self._give_back(batch, rows)
         for worker in self.workers:
             worker.learn(batch)
         self.batch += 1
         return Stats(batch, torch.stack(losses), sent, max(len(w.pending) for w in self.workers))
+
+    def _give_back(self, batch: int, rows: list[Tensor]) -> None:
+        """Each group that learns from another's per-sample loss, one of ``rows``, gets it."""
+        for k, worker in enumerate(self.workers):
+            if worker.owes(batch):
+                before = self.workers[k - 1]
+                loss = rows[-1 if worker.settings.method.feedback_from_last else k].detach()
+                before.receive_feedback(batch, loss.to(before.device))
+                worker.owe(batch, loss)
 
     def drain(self) -> list[Stats]:
         """Batches on their way: none, ever."""

@@ -81,6 +81,8 @@ class Method:
     name: str
     # The next group's per-sample loss travels back over each cut.
     uses_feedback = False
+    # What travels is the last group's loss instead; in lockstep only.
+    feedback_from_last = False
     # Every group but the last has a head of its own; without, the engine joins all groups into one.
     uses_critics = True
     # The critic's parameters belong to the group's optimiser.
