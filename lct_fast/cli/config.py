@@ -187,7 +187,7 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     try:
         own_share(config.critic_loss)
     except ValueError as error:
-        raise ConfigError(f"critic_loss: {error}") from None
+        raise ConfigError(str(error)) from None
     if config.critic_target == "last" and config.schedule != "lockstep":
         raise ConfigError(
             f"critic_target: last takes --schedule lockstep, got {config.schedule}; elsewhere feedback goes back over "
