@@ -147,6 +147,7 @@ def build_trainer(config: Config, groups: list[Group], devices: list[torch.devic
         start_timeout=config.start_timeout,
         step_timeout=config.step_timeout,
         graphs={"auto": None, "on": True, "off": False}[config.graphs],
+        diagnose=config.diagnose,
     )
 
 

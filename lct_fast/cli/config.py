@@ -99,6 +99,9 @@ class Config:
     device: str = _option("auto", "auto | cpu | cuda | cuda:0,cuda:1")
     threads: int | None = _option(None, "CPU threads; default: torch's")
     seed: int = _option(0, "seed of weights, order and augmentation")
+    diagnose: int = _option(
+        0, "batches between readings of every group's gradient; cosines to the true one in lockstep; 0: never"
+    )
     checkpoint_every: int | None = _option(None, "batches between checkpoints; default: once an epoch")
     log_every: int = _option(20, "batches between lines of metrics.jsonl")
     start_timeout: float = _option(
@@ -177,7 +180,7 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     for key in ("lr", "critic_lr", "start_timeout", "step_timeout"):
         if not 0 < getattr(config, key) < float("inf"):
             raise ConfigError(f"{key}: expected a positive number, got {getattr(config, key)}")
-    for key in ("feedback_delay", "weight_decay", "momentum", "seed"):
+    for key in ("feedback_delay", "weight_decay", "momentum", "seed", "diagnose"):
         if not 0 <= getattr(config, key) < float("inf"):
             raise ConfigError(f"{key}: expected a number >= 0, got {getattr(config, key)}")
     if config.schedule == "pipelined" and config.method == "backprop":

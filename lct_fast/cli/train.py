@@ -19,6 +19,7 @@ from lct_fast.cli.info import device_name
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
 from lct_fast.engine import CheckpointError, Trainer, checkpoint
+from lct_fast.engine.diagnosis import late_means, rows
 from lct_fast.engine.graphs import eager_lines
 from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
@@ -95,6 +96,10 @@ def train(
             _print_choices(trainer)
     if processes.is_first() and not quiet:
         _print_map(trainer)
+    if config.diagnose and config.schedule != "lockstep" and processes.is_first() and not quiet:
+        print(
+            "diagnose: gradient norms only, as cosines to the true gradient are taken in lockstep", flush=True
+        )
     told = _tell_eager(config, trainer, [], quiet)
     recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet)
     if found is not None:
@@ -131,6 +136,7 @@ def train(
     if result is None:
         return None
     summary = _summary(config, trainer, meter, recorder, result, facts.name)
+    summary["diagnosis"] = _diagnosis(config, meter, folder)
     write_trace(folder.path / "trace.json", meter.groups, offsets)
     plot_curves(folder.path, folder.path / "curves.png")
     folder.write_summary(summary)
@@ -171,6 +177,18 @@ def _serial(trainer: Trainer, meter: Meter) -> dict[str, Any] | None:
         "bytes_per_sample": meter.per_sample(meter.serial_bytes),
         "seconds": meter.serial_seconds,
     }
+
+
+def _diagnosis(config: Config, meter: Meter, folder: RunFolder) -> dict[str, Any] | None:
+    """Writes what was read of all groups' gradients, and returns its means over the last quarter."""
+    if not config.diagnose:
+        return None
+    table = rows([group.readings for group in meter.groups])
+    for row in table:
+        step = row.pop("batch") + 1
+        folder.log({"kind": "diagnosis", "step": step, **row})
+    keys = ("gradient_norm", "gradient_cosine")
+    return {"every": config.diagnose, "readings": len(table), **{key: late_means(table, key) for key in keys}}
 
 
 def _tell_eager(config: Config, trainer: Trainer, told: list[str], quiet: bool) -> list[str]:

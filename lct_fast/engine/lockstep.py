@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lct_fast.engine.serial import SerialSteps
 from lct_fast.engine.stats import Stats
+from lct_fast.engine.true_gradient import take_true_gradient
 from lct_fast.engine.worker import Worker, check_flags
 
 
@@ -32,6 +33,7 @@ class Lockstep:
             self.batch += 1
             return stats
         batch, h = self.batch, x
+        take_true_gradient(self.workers, batch, x, y)
         losses, rows, sent = [], [], 0
         for k, worker in enumerate(self.workers):
             meter = worker.meter

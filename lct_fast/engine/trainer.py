@@ -97,6 +97,8 @@ class Trainer:
             two calls of ``step`` (``beat`` in longer ones).
         graphs: pipelined in one process, run each group as CUDA graphs: True, False, or None for where they can be;
             ``workers[k].eager_because`` says why not.
+        diagnose: every so many batches note the norm of each group's gradient, and in lockstep its cosine to the true
+            one (docs/diagnostics.md): ``meter.groups[k].readings``. Changes no bit. 0: never.
 
     Attributes:
         wires: the codec's spec for each cut.
@@ -135,6 +137,7 @@ class Trainer:
         start_timeout: float = 600.0,
         step_timeout: float = 300.0,
         graphs: bool | None = None,
+        diagnose: int = 0,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -148,6 +151,8 @@ class Trainer:
             raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
+        if diagnose < 0:
+            raise ValueError(f"diagnose: expected a number of batches >= 0, got {diagnose}")
         for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
             if not 0 < seconds < float("inf"):
                 raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
@@ -170,6 +175,7 @@ class Trainer:
             memory_format=torch.channels_last if channels_last else torch.preserve_format,
             checksum=checksum,
             hybrid=self.hybrid,
+            diagnose=diagnose,
         )
         self._check = BatchCheck(self.num_classes, self.objective)
         count = len(self.groups)
