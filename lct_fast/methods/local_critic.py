@@ -108,7 +108,7 @@ class LocalCritic(Method):
                 reason = f"parameters {', '.join(stray)}" if stray else "rows coupled by batch norm"
                 raise ValueError(
                     f"local-critic needs critics of convolutions and linear layers, whose rows are independent: "
-                    f"critic {k} ({type(critic).__name__}) has {reason}; use conv_fc, linear or "
+                    f"critic {k} ({type(critic).__name__}) has {reason}; use conv_fc, depthwise, linear or "
                     f"pooled_linear, or train it with greedy"
                 )
 
