@@ -52,7 +52,8 @@ class Diagnosis:
         return self.hybrid is None or not any(map(self.hybrid.is_serial, range(first, last + 1)))
 
     def add_true(self, gradients: Sequence[Tensor]) -> None:
-        """The true gradient of a batch, one tensor a parameter; those of an update's batches add up."""
+        """The true gradient of a batch, one tensor a parameter; those of an update's batches add up, as only their
+        direction counts."""
         self._true = (
             [a + b for a, b in zip(self._true, gradients, strict=True)] if self._true else list(gradients)
         )

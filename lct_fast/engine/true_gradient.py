@@ -37,8 +37,8 @@ def take_true_gradient(workers: Sequence[Worker], batch: int, x: Tensor, y: Tens
                         h = worker.group.critic(h)
             target = y.to(last.device)
             logits = h if h.dtype == torch.float64 else h.float()
-            scale = settings.objective.scale(target, settings.accumulate)
-            loss = settings.objective.per_sample(logits, target).sum() * scale
+            objective = settings.objective
+            loss = objective.per_sample(logits, target).sum() * objective.scale(target)
             parameters = [p for part in parts for p in part.parameters]
             if not parameters:
                 return
