@@ -3,8 +3,8 @@
     python -m benchmarks.methods --out benchmarks/results/methods.json
 
 Each run is one `lct-fast train` at the data set's default options; run folders lie in --runs, and a run already
-complete there is not repeated. `--jobs 2 --threads 1` runs two at a time. Seconds are of a run as it was, beside whatever
-else ran.
+complete there is not repeated. `--jobs 2 --threads 1` runs two at a time. Seconds are of a run as it was, beside
+whatever else ran.
 """
 
 from __future__ import annotations

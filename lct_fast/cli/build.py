@@ -175,6 +175,7 @@ def build_trainer(
         sample_codec=config.lambda_codec,
         sample_folder=sample_folder if config.lambda_store == "disk" else None,
         graphs={"auto": None, "on": True, "off": False}[config.graphs],
+        diagnose=config.diagnose,
     )
 
 
@@ -189,7 +190,12 @@ def _schedule(config: Config, steps: int) -> str | Hybrid | Async:
 
 def _method(config: Config) -> Method:
     if config.method == LocalCritic.name:
-        return LocalCritic(config.critic_every, config.critic_loss, partial(_critic_optimizer, config))
+        return LocalCritic(
+            config.critic_every,
+            config.critic_loss,
+            partial(_critic_optimizer, config),
+            target=config.critic_target,
+        )
     if config.method in LAYER_PARALLEL:
         return LayerParallel(config.method.replace("-", "_"), config.beta, config.eta)
     if config.method == LikelihoodRatio.name:

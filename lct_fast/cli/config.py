@@ -18,6 +18,7 @@ from lct_fast.methods import Greedy, LayerParallel, LikelihoodRatio
 from lct_fast.methods.likelihood_ratio import NOISE
 from lct_fast.methods.likelihood_ratio_noise import SAMPLING
 from lct_fast.methods.likelihood_ratio_storage import STORAGE
+from lct_fast.methods.local_critic import TARGETS, own_share
 
 LAYER_PARALLEL = ("penalty", "augmented-lagrangian")
 METHODS = ("local-critic", "greedy", *LAYER_PARALLEL, "likelihood-ratio", "backprop")
@@ -51,7 +52,12 @@ class Config:
     )
     critic: list[str] = _option(None, "critic's spec, one for all cuts or one a cut, e.g. conv_fc:convs=1")
     critic_every: int = _option(1, "update the critics on every n-th update (local-critic)")
-    critic_loss: str = _option("l1", "the critic's loss (local-critic)", ("l1", "one_sided"))
+    critic_loss: str = _option(
+        "l1", "the critic's loss (local-critic): l1 | one_sided | half_sided | mixed:W, W from 0 to 1"
+    )
+    critic_target: str = _option(
+        "next", "whose loss critics foretell (local-critic); last: in lockstep only", TARGETS
+    )
     critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
     beta: float = _option(None, "weight of the penalty (penalty, augmented-lagrangian)")
     eta: float | None = _option(None, "step of lambda (penalty, augmented-lagrangian); default 0.2 / beta")
@@ -117,6 +123,9 @@ class Config:
     device: str = _option("auto", "auto | cpu | cuda | cuda:0,cuda:1")
     threads: int | None = _option(None, "CPU threads; default: torch's")
     seed: int = _option(0, "seed of weights, order and augmentation")
+    diagnose: int = _option(
+        0, "batches between readings of every group's gradient; cosines to the true one in lockstep; 0: never"
+    )
     checkpoint_every: int | None = _option(None, "batches between checkpoints; default: once an epoch")
     log_every: int = _option(20, "batches between lines of metrics.jsonl")
     start_timeout: float = _option(
@@ -213,12 +222,21 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     for key in ("lr", "critic_lr", "start_timeout", "step_timeout"):
         if not 0 < getattr(config, key) < float("inf"):
             raise ConfigError(f"{key}: expected a positive number, got {getattr(config, key)}")
-    for key in ("feedback_delay", "weight_decay", "momentum", "seed"):
+    for key in ("feedback_delay", "weight_decay", "momentum", "seed", "diagnose"):
         if not 0 <= getattr(config, key) < float("inf"):
             raise ConfigError(f"{key}: expected a number >= 0, got {getattr(config, key)}")
     if config.schedule == "pipelined" and config.method == "backprop":
         raise ConfigError(
             "backprop has no pipelined schedule here: use --schedule lockstep, or local-critic or greedy"
+        )
+    try:
+        own_share(config.critic_loss)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.critic_target == "last" and config.schedule != "lockstep":
+        raise ConfigError(
+            f"critic_target: last takes --schedule lockstep, got {config.schedule}; elsewhere feedback goes back over "
+            f"one cut"
         )
     if config.schedule == "pipelined" and config.feedback_delay < 1:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")

@@ -18,7 +18,7 @@ from lct_fast.engine.schedules import PIPELINED_DELAY
 from lct_fast.report import tensorboard
 
 # Options that may change when a run goes on: they change no bit of it.
-_FREE = {"schedule", "start_timeout", "step_timeout"}
+_FREE = {"schedule", "start_timeout", "step_timeout", "diagnose"}
 
 
 # Seconds in which the processes of a run whose launcher was killed end on their own.
@@ -140,7 +140,10 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record["step"] <= (batch if record["kind"] == "epoch" else step):
+            # Readings of gradients are all written at the end.
+            if record["kind"] != "diagnosis" and record["step"] <= (
+                batch if record["kind"] == "epoch" else step
+            ):
                 kept.append(line + "\n")
         self.metrics.write_text("".join(kept))
 
@@ -162,6 +165,7 @@ class RunFolder:
         """Flushes what is still in memory."""
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
 
 @contextmanager

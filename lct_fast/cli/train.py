@@ -14,10 +14,12 @@ import torch
 from lct_fast.bench.machine import commit, versions
 from lct_fast.cli import build, loop, processes
 from lct_fast.cli.config import Config, add_arguments, given, resolve
+from lct_fast.cli.costs import critic_mac_share
 from lct_fast.cli.info import device_name
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
 from lct_fast.engine import CheckpointError, Trainer, checkpoint
+from lct_fast.engine.diagnosis import late_means, rows
 from lct_fast.engine.graphs import eager_lines
 from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
@@ -95,6 +97,10 @@ def train(
             _print_choices(trainer)
     if processes.is_first() and not quiet:
         _print_map(trainer)
+    if config.diagnose and config.schedule != "lockstep" and processes.is_first() and not quiet:
+        print(
+            "diagnose: gradient norms only, as cosines to the true gradient are taken in lockstep", flush=True
+        )
     told = _tell_eager(config, trainer, [], quiet)
     recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet)
     if found is not None:
@@ -131,6 +137,7 @@ def train(
     if result is None:
         return None
     summary = _summary(config, trainer, meter, recorder, result, facts.name)
+    summary["diagnosis"] = _diagnosis(config, meter, folder)
     write_trace(folder.path / "trace.json", meter.groups, offsets)
     plot_curves(folder.path, folder.path / "curves.png")
     folder.write_summary(summary)
@@ -182,6 +189,18 @@ def _speed_up(trainer: Trainer, meter: Meter) -> dict[str, float] | None:
     return {"parallel_gain": gain, "serial_share": share, "overall": 1 / (share + (1 - share) / gain)}
 
 
+def _diagnosis(config: Config, meter: Meter, folder: RunFolder) -> dict[str, Any] | None:
+    """Writes what was read of all groups' gradients, and returns its means over the last quarter."""
+    if not config.diagnose:
+        return None
+    table = rows([group.readings for group in meter.groups])
+    for row in table:
+        step = row.pop("batch") + 1
+        folder.log({"kind": "diagnosis", "step": step, **row})
+    keys = ("gradient_norm", "gradient_cosine")
+    return {"every": config.diagnose, "readings": len(table), **{key: late_means(table, key) for key in keys}}
+
+
 def _tell_eager(config: Config, trainer: Trainer, told: list[str], quiet: bool) -> list[str]:
     """Prints why groups run without CUDA graphs, but for what was told."""
     lines = [] if config.graphs == "off" else eager_lines(trainer.workers)
@@ -230,6 +249,7 @@ def _summary(
         "efficiency": meter.efficiency() if timed else None,
         "imbalance": meter.imbalance() if on_cpu else None,
         "critic_tax": meter.critic_tax() if on_cpu else None,
+        "critic_mac_share": critic_mac_share(trainer.groups),
         "replay": meter.replay() if config.schedule == "async" else None,
         "parameters": sum(parameter_count(g) for g in trainer.groups),
         "device": ", ".join(sorted({device_name(w.device) for w in trainer.workers})),

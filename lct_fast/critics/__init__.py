@@ -9,17 +9,21 @@ from lct_fast._spec import parse_spec
 from lct_fast.critics.base import Critic
 from lct_fast.critics.cnn_aux import CnnAuxCritic
 from lct_fast.critics.conv_fc import ConvFcCritic
+from lct_fast.critics.depthwise import DepthwiseCritic
 from lct_fast.critics.linear import LinearCritic, PooledLinearCritic
 from lct_fast.critics.mlp_aux import MlpAuxCritic
 from lct_fast.critics.mlp_sr_aux import MlpSrAuxCritic
+from lct_fast.critics.shared import SharedCritic
 
 _CRITICS: dict[str, type[Critic]] = {
     "cnn_aux": CnnAuxCritic,
     "conv_fc": ConvFcCritic,
+    "depthwise": DepthwiseCritic,
     "linear": LinearCritic,
     "mlp_aux": MlpAuxCritic,
     "mlp_sr_aux": MlpSrAuxCritic,
     "pooled_linear": PooledLinearCritic,
+    "shared": SharedCritic,
 }
 
 

@@ -93,6 +93,8 @@ def why_eager(worker: Worker, device: Device) -> str | None:
         return f"accumulate={worker.settings.accumulate}: not every batch ends in the same work"
     if any(isinstance(m, DistributedDataParallel) for m in (worker.layers, *worker.group.modules())):
         return "it is wrapped in DistributedDataParallel, which communicates inside the backward pass"
+    if worker.diagnosis is not None:
+        return f"its gradients are looked at every {worker.settings.diagnose} batches (diagnose)"
     hooked = _hooked(worker)
     if hooked:
         return f"{hooked} has hooks, which a graph would not call"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lct_fast.methods import Slot
 _COUNTERS = (
     *("samples", "wire_bytes", "raw_bytes", "feedback_bytes"),
     *("serial_steps", "serial_seconds", "serial_bytes"),
-    *("updates", "reused", "age"),
+    *("updates", "reused", "age", "readings"),
 )
 
 
@@ -76,7 +77,7 @@ def _pack_own(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     description["owed"] = _pack(list(worker.owed), "owed", tensors)
     description["kept"] = worker.kept and _pack(worker.kept.state(), "kept", tensors)
     description["random"] = _pack(worker.random.state, "random", tensors)
-    description["meter"] = {name: getattr(worker.meter, name) for name in _COUNTERS}
+    description["meter"] = {name: copy(getattr(worker.meter, name)) for name in _COUNTERS}
     return tensors, description
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lct_fast.engine.behind import Behind
 from lct_fast.engine.serial import SerialSteps
 from lct_fast.engine.stats import Stats
+from lct_fast.engine.true_gradient import take_true_gradient
 from lct_fast.engine.worker import Worker, check_flags
 
 
@@ -38,7 +39,8 @@ class Lockstep:
             self.batch += 1
             return stats
         batch, h = self.batch, x
-        losses, sent = [], -sum(w.meter.wire_bytes for w in self.workers)
+        take_true_gradient(self.workers, batch, x, y)
+        losses, answers, sent = [], [], -sum(w.meter.wire_bytes for w in self.workers)
         for k, worker in enumerate(self.workers):
             meter = worker.meter
             meter.begin(batch)
@@ -46,19 +48,26 @@ class Lockstep:
             bad = refused if refused is None else refused.to(worker.device)
             result = worker.train(batch, worker.place(h), target, bad, samples)
             losses.append(worker.mean(result.loss, target).to(self.workers[0].device))
+            answers.append(result.feedback)
             worker.update(batch)
-            if worker.owes(batch):
-                before = self.workers[k - 1]
-                before.receive_feedback(batch, result.feedback.detach().to(before.device))
-                worker.owe(batch, result.feedback)
             if not worker.last:
                 h = self.workers[k + 1].decode(worker.encode(result.h))
             meter.end()
+        self._give_back(batch, answers)
         for worker in self.workers:
             worker.learn(batch)
         sent += sum(w.meter.wire_bytes for w in self.workers)
         self.batch += 1
         return Stats(batch, torch.stack(losses), sent, max(len(w.pending) for w in self.workers))
+
+    def _give_back(self, batch: int, answers: list[Tensor]) -> None:
+        """Each group that learns from what another answers gets it."""
+        for k, worker in enumerate(self.workers):
+            if worker.owes(batch):
+                before = self.workers[k - 1]
+                answer = answers[-1 if worker.settings.method.feedback_from_last else k].detach()
+                before.receive_feedback(batch, answer.to(before.device))
+                worker.owe(batch, answer)
 
     def drain(self) -> list[Stats]:
         """Batches on their way: none, ever."""

@@ -76,6 +76,7 @@ class GroupMeter:
         samples: trained on.
         updates, reused, age: of an asynchronous run: batches trained on; those of them that had been taken from the
             buffer before; batches written to it since theirs, summed over all.
+        readings: of the group's gradients, see ``Diagnosis``.
         wire_bytes, raw_bytes: sent forward, and what fp32 would have been. feedback_bytes: from behind, applied.
         serial_steps, serial_seconds: serial steps (``Hybrid``) and what they took; they are no ticks.
         serial_bytes: of h_k forward and its gradient back, in serial steps; ``wire_bytes`` is without them.
@@ -99,6 +100,7 @@ class GroupMeter:
     updates: int = 0
     reused: int = 0
     age: int = 0
+    readings: list[list[Any]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:

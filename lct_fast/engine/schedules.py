@@ -121,6 +121,11 @@ def _check_method(name: str, method: Method, hybrid: Hybrid | None, pace: Async 
             f"{method.name} has no pipelined schedule here: use torch.distributed.pipelining, or a method whose "
             f"groups learn on their own"
         )
+    if name != "lockstep" and method.feedback_from_last:
+        raise ValueError(
+            f"critics that learn from the last group's loss take schedule lockstep, got {name}: its feedback goes back "
+            f"over one cut; use target 'next'"
+        )
     if name != "async":
         return
     if method.name != Greedy.name:

@@ -100,7 +100,8 @@ class Trainer:
             two calls of ``step`` (``beat`` in longer ones).
         graphs: pipelined in one process, run each group as CUDA graphs: True, False, or None for where they can be;
             ``workers[k].eager_because`` says why not.
-
+        diagnose: every so many batches note the norm of each group's gradient, and in lockstep its cosine to the true
+            one (docs/diagnostics.md): ``meter.groups[k].readings``. Changes no bit. 0: never.
         samples: how many training samples there are, for a method that keeps something for each (``LayerParallel``);
             ``step`` is then told which ones a batch holds.
         sample_codec: how that is kept: a spec of ``lct.codecs.build`` whose codec has no state and codes each sample by
@@ -148,6 +149,7 @@ class Trainer:
         samples: int | None = None,
         sample_codec: str = "none",
         sample_folder: Path | None = None,
+        diagnose: int = 0,
     ) -> None:
         if not groups:
             raise ValueError("groups: expected at least one group of lct.split, got none")
@@ -161,6 +163,8 @@ class Trainer:
             raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
+        if diagnose < 0:
+            raise ValueError(f"diagnose: expected a number of batches >= 0, got {diagnose}")
         for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
             if not 0 < seconds < float("inf"):
                 raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
@@ -191,6 +195,7 @@ class Trainer:
             memory_format=torch.channels_last if channels_last else torch.preserve_format,
             checksum=checksum,
             hybrid=self.hybrid,
+            diagnose=diagnose,
         )
         self._check = BatchCheck(self.num_classes, self.objective)
         count = len(self.groups)

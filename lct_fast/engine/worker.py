@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lct_fast import codecs
 from lct_fast.codecs import Codec, Encoded
+from lct_fast.engine.diagnosis import Diagnosis
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
 from lct_fast.engine.exits import score
 from lct_fast.engine.gate import LATE, Gate, restore
@@ -46,6 +47,7 @@ class Settings:
     memory_format: torch.memory_format = torch.preserve_format
     checksum: bool | None = None
     hybrid: Hybrid | None = None
+    diagnose: int = 0
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class Worker:
         kept: what a schedule has beside it that a checkpoint keeps with the group.
         store: what the method keeps for every training sample; None where it keeps nothing.
         gate: finds NaN and Inf on a device; None on the host, where it is seen at once.
+        diagnosis: reads the gradients of some updates; None if nobody asked.
         eager_because: why the group does not run as CUDA graphs; None if it does, or nobody asked.
     """
 
@@ -126,6 +129,13 @@ class Worker:
         self.pending: deque[Pending] = deque()
         self.owed: deque[tuple[int, Tensor]] = deque()
         self.meter = GroupMeter(index, group.last)
+        self.diagnosis: Diagnosis | None = None
+        if settings.diagnose:
+            # A critic is no part of the network; the last group's is its output.
+            part = (group if group.last else group.layers).parameters()
+            self.diagnosis = Diagnosis(
+                list(part), settings.diagnose, settings.accumulate, settings.hybrid, self.meter
+            )
         self.kept: Stateful | None = None
         self.store: SampleStore | None = None
         self._behind: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -350,15 +360,17 @@ class Worker:
     def update(self, batch: int) -> None:
         """The optimiser's step, if ``batch`` ends an accumulation, and the schedulers'."""
         if self._ends_update(batch):
-            self.apply_gradients()
+            self.apply_gradients(batch)
             self.advance_schedulers()
 
-    def apply_gradients(self) -> None:
-        """The optimiser's step: work for the device."""
+    def apply_gradients(self, batch: int | None = None) -> None:
+        """The optimiser's step: work for the device. Gradients are diagnosed where the number of the batch is given."""
         if self.optimizer is None:
             return
         with self.meter.span("optimizer"):
             self.replicas.average(self._by_hand)
+            if self.diagnosis is not None and batch is not None:
+                self.diagnosis.read(batch)
             if self.settings.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
             if self.gate is None:

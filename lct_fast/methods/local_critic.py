@@ -30,6 +30,30 @@ def _paper_adam(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=1e-4, fused=all(p.is_cuda for p in params))
 
 
+TARGETS = ("next", "last")
+_OWN_SHARES = {"l1": 0.0, "one_sided": 0.5, "half_sided": 0.75}
+
+
+def own_share(loss: str) -> float:
+    """w of a critic's loss (1 - w) |L_k - L_{k+1}| + w L_k, as ``LocalCritic`` names it.
+
+    Raises:
+        ValueError: no such loss, in one line.
+    """
+    if loss in _OWN_SHARES:
+        return _OWN_SHARES[loss]
+    name, _, text = loss.partition(":")
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if name != "mixed" or not 0 <= share <= 1:
+        raise ValueError(
+            f"critic loss: expected {', '.join(_OWN_SHARES)}, or mixed:W with W from 0 to 1, got {loss!r}"
+        )
+    return share
+
+
 class LocalCritic(Method):
     """Groups learn from their critic's loss, critics from the distance to the next critic's loss.
 
@@ -44,8 +68,12 @@ class LocalCritic(Method):
 
     Args:
         critic_every: update the critics on every n-th update.
-        loss: ``"l1"``, the paper's, or ``"one_sided"``, max(0, L_k - L_{k+1}), which only replaces s by
-            {0, 1}.
+        loss: ``"l1"``, the paper's, or one that mixes in a share w of the critic's own cross-entropy,
+            (1 - w) |L_k - L_{k+1}| + w L_k: ``"mixed:W"`` with 0 <= W <= 1. It only replaces s by (1 - w) s + w.
+            ``"one_sided"`` is w = 0.5, s in {0, 1}, that is max(0, L_k - L_{k+1}); ``"half_sided"`` is w = 0.75, s in
+            {0.5, 1}.
+        target: ``"next"``, L_{k+1} as in the paper, or ``"last"``: the last group's loss L_K takes its place. For
+            lockstep only, as elsewhere feedback goes back over one cut.
         critic_optimizer: factory ``params -> optimizer``; Adam 1e-4 when None, as in the paper.
     """
 
@@ -54,14 +82,21 @@ class LocalCritic(Method):
     joint_optimizer = False
 
     def __init__(
-        self, critic_every: int = 1, loss: str = "l1", critic_optimizer: OptimizerFactory | None = None
+        self,
+        critic_every: int = 1,
+        loss: str = "l1",
+        critic_optimizer: OptimizerFactory | None = None,
+        *,
+        target: str = "next",
     ) -> None:
         if critic_every < 1:
             raise ValueError(f"critic_every: expected an integer >= 1, got {critic_every}")
-        if loss not in ("l1", "one_sided"):
-            raise ValueError(f"critic loss: expected 'l1' or 'one_sided', got {loss!r}")
+        if target not in TARGETS:
+            raise ValueError(f"critic target: expected 'next' or 'last', got {target!r}")
         self.critic_every = critic_every
         self.loss = loss
+        self.own_share = own_share(loss)
+        self.feedback_from_last = target == "last"
         self.critic_optimizer = critic_optimizer or _paper_adam
 
     def check(self, critics: list[Critic]) -> None:
@@ -73,7 +108,7 @@ class LocalCritic(Method):
                 reason = f"parameters {', '.join(stray)}" if stray else "rows coupled by batch norm"
                 raise ValueError(
                     f"local-critic needs critics of convolutions and linear layers, whose rows are independent: "
-                    f"critic {k} ({type(critic).__name__}) has {reason}; use conv_fc, linear or "
+                    f"critic {k} ({type(critic).__name__}) has {reason}; use conv_fc, depthwise, linear or "
                     f"pooled_linear, or train it with greedy"
                 )
 
@@ -122,7 +157,7 @@ class LocalCritic(Method):
 
     def critic_step(self, critic: Critic, slot: Slot, next_loss: Tensor, objective: Objective) -> None:
         difference = slot.loss - next_loss
-        sign = difference.sign() if self.loss == "l1" else (difference > 0).to(difference.dtype)
+        sign = (1 - self.own_share) * difference.sign() + self.own_share
         row_scale, activation, head = sign * slot.scale, critic.activation, critic.head
         dbias: Tensor | None
         if slot.dlogits is not None:

@@ -105,6 +105,8 @@ class Method:
     name: str
     # The next group's per-sample loss, or what its steps name ``back``, travels back over each cut.
     uses_feedback = False
+    # What travels is the last group's loss instead; in lockstep only.
+    feedback_from_last = False
     # Every group but the last has a head of its own; without, only the last exit exists.
     uses_critics = True
     # The engine joins all groups into one.

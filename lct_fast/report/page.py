@@ -22,7 +22,13 @@ SWATCH = '<svg viewBox="0 0 24 10" aria-hidden="true">{}</svg>'
 
 KINDS = ("forward", "backward", "critic", "optimiser", "transfer", "other")
 
-EXITS = "Exit k is groups 1 to k with critic k, a network of its own. Scales are the same for all runs."
+EXITS = (
+    "Exit k is groups 1 to k with critic k, a network of its own; group k has its colour. "
+    "Scales are the same for all runs."
+)
+
+# What was read of each group's own gradient, and its key in metrics.jsonl.
+GRADIENTS = (("gradient norm", "gradient_norm"), ("cosine to the true gradient", "gradient_cosine"))
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart's worth of every run: ``curves[i]`` are run i's, one an exit, empty where it has none."""
+    """One chart's worth of every run: ``curves[i]`` are run i's, one a ``part``, empty where it has none."""
 
     name: str
     x: Axis
     y: Axis
     curves: list[list[Curve]]
+    part: str = "exit"
 
 
 def write(runs: Sequence[Path], out: Path) -> Path:
@@ -118,14 +125,19 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     for i, run in enumerate(runs):
         loss = run.loss_curves()
         of.setdefault((loss.name, loss.unit), [[] for _ in runs])[i] = loss.curves
-    return [_panel(name, unit, curves) for (name, unit), curves in of.items()]
+    panels = [_panel(name, unit, curves) for (name, unit), curves in of.items()]
+    for name, key in GRADIENTS:
+        curves = [run.gradient_curves(key) for run in runs]
+        if any(curves):
+            panels.append(_panel(name, "step", curves, part="group"))
+    return panels
 
 
-def _panel(name: str, unit: str, curves: list[list[Curve]]) -> Panel:
+def _panel(name: str, unit: str, curves: list[list[Curve]], part: str = "exit") -> Panel:
     points = [point for of_run in curves for curve in of_run for point in curve]
     x = axis(unit, [x for x, _ in points], tight=True, least=1.0)
     y = axis(name, [y for _, y in points if y is not None], percent=name.endswith("%"))
-    return Panel(name, x, y, curves)
+    return Panel(name, x, y, curves, part)
 
 
 def _exit_style(k: int, exits: int) -> str:
@@ -171,6 +183,8 @@ def _last_exits(names: Sequence[str], panels: Sequence[Panel], share: Share) -> 
     styles = [_run_style(i) for i in range(len(names))]
     charts = ""
     for every in panels:
+        if every.part != "exit":
+            continue
         # Scales of their own: last exits lie closer together than the exits of a run.
         panel = _panel(every.name, every.x.label, [curves[-1:] for curves in every.curves])
         lines = [Line(f"#{i + 1}", styles[i], c) for i, curves in enumerate(panel.curves) for c in curves]
@@ -196,7 +210,9 @@ def _card(i: int, run: Run, name: str, panels: Sequence[Panel], styles: Sequence
         # Another run's kind of loss is no gap of this one.
         if panel is panels[0] or panel.curves[i]:
             ends = zip(styles, panel.curves[i], strict=False)
-            lines = [Line(f"exit {k}", style, curve) for k, (style, curve) in enumerate(ends, start=1)]
+            lines = [
+                Line(f"{panel.part} {k}", style, curve) for k, (style, curve) in enumerate(ends, start=1)
+            ]
             parts.append(_chart(panel, name, lines, share.points))
     parts += ["</div>", _numbers(run, name, share.table_rows), _config(run, share.characters), "</section>"]
     return "".join(parts)

@@ -24,9 +24,9 @@ class LossCurves:
 class Run:
     """What a run folder holds so far.
 
-    ``epochs`` and ``intervals`` are the lines of metrics.jsonl by kind, in order; of a step recorded twice
-    (a resumed run) the later line. ``summary`` is empty until the run ends. ``notes`` says what could not be
-    read.
+    ``epochs``, ``intervals`` and ``diagnoses`` are the lines of metrics.jsonl by kind, in order; of a step
+    recorded twice (a resumed run) the later line. ``summary`` is empty until the run ends. ``notes`` says what
+    could not be read.
     """
 
     path: Path
@@ -35,6 +35,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     intervals: list[dict[str, Any]] = field(default_factory=list)
+    diagnoses: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -62,8 +63,9 @@ class Run:
         return []
 
     def curves(self, key: str, kind: str = "epoch") -> list[Curve]:
-        """Values of ``key``, one curve an exit; over epochs for kind "epoch", steps for kind "interval"."""
-        records, unit = (self.epochs, "epoch") if kind == "epoch" else (self.intervals, "step")
+        """Values of ``key``, one curve an exit or group; over epochs for kind "epoch", steps for the others."""
+        unit = "epoch" if kind == "epoch" else "step"
+        records = {"epoch": self.epochs, "interval": self.intervals, "diagnosis": self.diagnoses}[kind]
         rows = [(float(record[unit]), numbers(record.get(key))) for record in records]
         exits = max((len(values) for _, values in rows), default=0)
         return [[(x, values[k] if k < len(values) else None) for x, values in rows] for k in range(exits)]
@@ -81,6 +83,11 @@ class Run:
         if _drawable(train):
             return LossCurves("train loss", "epoch", train)
         return LossCurves("train loss", "step", self.curves("loss", "interval"))
+
+    def gradient_curves(self, key: str) -> list[Curve]:
+        """``key`` of what was read of the groups' gradients, over steps, one curve a group; empty if nothing was."""
+        curves = self.curves(key, "diagnosis")
+        return curves if _drawable(curves) else []
 
 
 def read_run(path: Path | str) -> Run:
@@ -157,6 +164,7 @@ def _read_summary(run: Run) -> None:
 def _read_metrics(run: Run) -> None:
     epochs: dict[float, dict[str, Any]] = {}
     intervals: dict[float, dict[str, Any]] = {}
+    diagnoses: dict[float, dict[str, Any]] = {}
     unread = 0
     for line in _text(run.path / "metrics.jsonl").split("\n"):
         if not line.strip():
@@ -165,12 +173,18 @@ def _read_metrics(run: Run) -> None:
         if record is None:
             unread += 1
             continue
-        for kind, unit, into in (("epoch", "epoch", epochs), ("interval", "step", intervals)):
+        kinds = (
+            ("epoch", "epoch", epochs),
+            ("interval", "step", intervals),
+            ("diagnosis", "step", diagnoses),
+        )
+        for kind, unit, into in kinds:
             at = number(record.get(unit))
             if record.get("kind") == kind and at is not None:
                 into[at] = record
     run.epochs = [epochs[at] for at in sorted(epochs)]
     run.intervals = [intervals[at] for at in sorted(intervals)]
+    run.diagnoses = [diagnoses[at] for at in sorted(diagnoses)]
     if unread:
         lines = "1 line" if unread == 1 else f"{unread} lines"
         run.notes.append(f"{lines} of metrics.jsonl could not be read (cut short?) and were left out")

@@ -75,6 +75,7 @@ def test_a_run_leaves_what_the_design_names(tmp_path: Path, capsys: pytest.Captu
     ):
         assert key in summary, key
     assert summary["steps"] == 10 and len(summary["exit_test_accuracy"]) == 4
+    assert len(summary["critic_mac_share"]) == 3 and all(0 < c < 0.1 for c in summary["critic_mac_share"])
     assert 0 < summary["critic_tax"] < 1 and summary["feedback_bytes_per_sample"] == 12
     assert {p.name for p in run.iterdir()} >= {
         "config.yaml",
@@ -248,6 +249,12 @@ def test_refusals_are_one_line_with_status_2_and_leave_nothing(
         ),
         (["--split", "conv2", "conv9", "conv3"], "'conv9' is not a place to cut"),
         (["--critic", "mlp_aux"], "local-critic needs critics of convolutions and linear layers"),
+        (["--critic-loss", "mixed:2"], "critic loss: expected l1, one_sided, half_sided, or mixed:W"),
+        (["--critic-target", "first"], "critic_target: expected one of next, last; got 'first'"),
+        (
+            ["--critic-target", "last", "--schedule", "pipelined"],
+            "critic_target: last takes --schedule lockstep",
+        ),
         (["--device", "cuda:7"], "device cuda:7: this machine shows"),
         (["--device", "tpu"], "expected cpu, cuda or cuda:0,cuda:1, got 'tpu'"),
         (["--batch-size", "5000"], "batch_size 5000 is larger than the"),

@@ -13,11 +13,14 @@ SPECS = [
     "cnn_aux",
     "conv_fc:filters=6",
     "conv_fc:convs=3,filters=5,stride=2",
+    "depthwise:pool=2",
+    "depthwise:pool=3,stride=2",
     "linear",
     "mlp_aux",
     "mlp_sr_aux",
     "pooled_linear",
     "pooled_linear:pool=3",
+    "shared:channels=6",
 ]
 # Divisible, odd and oblong, smaller than any pooling, a single pixel.
 SHAPES = [(4, 8, 8), (3, 7, 9), (2, 2, 2), (5, 1, 1)]
@@ -49,10 +52,10 @@ def test_forward_is_head_of_activated_features(spec: str, shape: tuple[int, ...]
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_relu_is_left_to_the_head(spec: str) -> None:
-    """With "relu" the features are pre-activations, so some are negative. conv_fc and MLPs end in ReLU."""
-    critic = critics.build(spec, (4, 8, 8), 3)
-    assert (critic.features(torch.randn(16, 4, 8, 8)) < 0).any()
-    assert (critic.activation == "relu") == (spec.partition(":")[0] in ("conv_fc", "mlp_aux", "mlp_sr_aux"))
+    """With "relu" the features are pre-activations, so some are negative: those that end in ReLU say so."""
+    critic, name = critics.build(spec, (4, 8, 8), 3), spec.partition(":")[0]
+    assert (critic.features(torch.randn(16, 4, 8, 8)) < 0).any() or name == "depthwise"
+    assert (critic.activation == "relu") == (name in ("conv_fc", "mlp_aux", "mlp_sr_aux", "shared"))
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -63,6 +66,9 @@ def test_gradients_reach_input_and_parameters(spec: str) -> None:
     assert h.grad is not None
     assert (h.grad.flatten(1).abs().amax(1) > 0).all()
     for name, parameter in critic.named_parameters():
+        if not parameter.requires_grad:
+            assert spec.startswith("shared") and name.startswith("head."), name
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
 
@@ -141,7 +147,7 @@ def test_others_refuse_vectors(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("conv", "unknown critic 'conv'.*choose one of cnn_aux, conv_fc, linear"),
+        ("conv", "unknown critic 'conv'.*choose one of cnn_aux, conv_fc, depthwise, linear"),
         ("conv_fc:width=2", "no option 'width'; its options and defaults: convs=1, filters=128, stride=1"),
         ("linear:pool=2", "critic 'linear' has no option 'pool'; its options and defaults: none"),
         ("conv_fc:convs=many", "option 'convs' expects int, got 'many'"),
@@ -150,6 +156,8 @@ def test_others_refuse_vectors(name: str) -> None:
         ("conv_fc:filters=0", "filters must be at least 1"),
         ("conv_fc:stride=-1", "stride must be at least 1"),
         ("pooled_linear:pool=0", "pool must be at least 1"),
+        ("depthwise:stride=0", "stride must be at least 1, got 0"),
+        ("shared:channels=0", "channels must be at least 1, got 0"),
         ("cnn_aux:convs=0", "convs must be at least 1"),
         ("mlp_aux:layers=0", "layers must be at least 1"),
         ("mlp_sr_aux:convs=0", "convs must be at least 1"),

@@ -51,6 +51,30 @@ def test_pooled_linear_is_pooling_and_a_linear_layer() -> None:
     torch.testing.assert_close(critic(h), linear(pooled, critic.head.weight, critic.head.bias))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_is_a_convolution_of_each_channel_pooling_and_a_linear_layer(stride: int) -> None:
+    critic = critics.build(f"depthwise:pool=2,stride={stride}", (3, 8, 6), 5)
+    h = torch.randn(2, 3, 8, 6)
+    maps = [conv2d(h[:, c : c + 1], critic.conv.weight[c : c + 1], None, stride, 1) for c in range(3)]
+    pooled = adaptive_avg_pool2d(relu(torch.cat(maps, 1)), 2).flatten(1)
+    torch.testing.assert_close(critic(h), linear(pooled, critic.head.weight, critic.head.bias))
+
+
+def test_shared_is_a_projection_of_the_cut_and_one_head_for_all() -> None:
+    torch.manual_seed(1)
+    one = critics.build("shared:pool=2,channels=5", (3, 8, 8), 4)
+    torch.manual_seed(2)
+    other = critics.build("shared:pool=2,channels=5", (9, 4, 4), 4)
+    assert torch.equal(one.head.weight, other.head.weight)
+    assert not torch.equal(one.project.weight[:, :1], other.project.weight[:, :1])
+    h = torch.randn(2, 3, 8, 8)
+    u = conv2d(adaptive_avg_pool2d(h, 2), one.project.weight, one.project.bias).flatten(1)
+    torch.testing.assert_close(one(h), linear(relu(u), one.head.weight))
+    # Logits of a wide head have about the features' own scale.
+    wide = critics.build("shared:pool=4,channels=256", (3, 8, 8), 4).head.weight
+    assert wide.std() * wide.shape[1] ** 0.5 == pytest.approx(1, abs=0.05)
+
+
 def _norm(x: torch.Tensor) -> torch.Tensor:
     """Batch norm in training mode at scale 1, shift 0."""
     dims = [d for d in range(x.dim()) if d != 1]

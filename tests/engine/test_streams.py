@@ -378,6 +378,7 @@ def _module_hook(trainer: lct.Trainer) -> None:
     ("options", "change", "says"),
     [
         ({"accumulate": 2}, _nothing, "accumulate=2"),
+        ({"diagnose": 50}, _nothing, "its gradients are looked at every 50 batches"),
         ({"optimizer": _plain_sgd}, _nothing, "SGD is neither fused nor capturable"),
         ({}, _wrap, "DistributedDataParallel"),
         ({}, _step_hook, "optimiser SGD has hooks"),

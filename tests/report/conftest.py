@@ -12,9 +12,10 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """``make_run(name, exits=4, epochs=3, summary=True, trace=True, **options) -> Path``.
+    """``make_run(name, exits=4, epochs=3, summary=True, trace=True, diagnoses=False, **options) -> Path``.
 
-    Exit k after epoch e: accuracy 0.1 * k + 0.01 * e, test loss 1 / k + 1 / e, train loss half of that.
+    Exit k after epoch e: accuracy 0.1 * k + 0.01 * e, test loss 1 / k + 1 / e, train loss half of that. Its group has
+    gradient norm k / e and cosine k / exits.
     """
 
     def make(
@@ -23,6 +24,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         epochs: int = 3,
         summary: bool = True,
         trace: bool = True,
+        diagnoses: bool = False,
         **options: Any,
     ) -> Path:
         path = tmp_path / name
@@ -40,6 +42,11 @@ def make_run(tmp_path: Path) -> MakeRun:
             lines.append(
                 {**epoch, "test_loss": loss, "exit_test_accuracy": accuracy, "test_accuracy": accuracy[-1]}
             )
+            if diagnoses:
+                norm = [k / e for k in range(1, exits + 1)]
+                cosine = [k / exits for k in range(1, exits + 1)]
+                reading = {"kind": "diagnosis", "step": 10 * e, "gradient_norm": norm}
+                lines.append({**reading, "gradient_cosine": cosine})
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if summary:
             (path / "summary.json").write_text(json.dumps({**config, **_summary(accuracy)}))

@@ -118,6 +118,37 @@ def test_charts(make_run: MakeRun, tmp_path: Path) -> None:
     ] * 5
 
 
+def test_gradients_of_groups_that_were_diagnosed(make_run: MakeRun, tmp_path: Path) -> None:
+    made = report(tmp_path, make_run("a", diagnoses=True), make_run("b", diagnoses=True), make_run("c"))
+    labels = list(made.attributes("aria-label"))
+    for run in ("a", "b"):
+        assert (
+            f"gradient norm of {run} against step; at the end: "
+            "group 1 0.333333, group 2 0.666667, group 3 1, group 4 1.33333"
+        ) in labels
+        assert (
+            f"cosine to the true gradient of {run} against step; at the end: "
+            "group 1 0.25, group 2 0.5, group 3 0.75, group 4 1"
+        ) in labels
+    # Neither a run without them nor the comparison of last exits has such a chart.
+    assert sum("gradient" in label for label in labels) == 4
+    text = " ".join(made.words)
+    assert text.count("gradient norm") == 2 and text.count("No gradient norm recorded") == 0
+
+
+def test_only_norms_were_read(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a", diagnoses=True)
+    text = re.sub(
+        r'"gradient_cosine": \[[^]]*\]',
+        '"gradient_cosine": [null, null, null, null]',
+        (run / "metrics.jsonl").read_text(),
+    )
+    (run / "metrics.jsonl").write_text(text)
+    labels = list(report(tmp_path, run).attributes("aria-label"))
+    assert sum(label.startswith("gradient norm of a") for label in labels) == 1
+    assert not any(label.startswith("cosine") for label in labels)
+
+
 def test_last_exits_have_a_scale_of_their_own(make_run: MakeRun, tmp_path: Path) -> None:
     words = report(tmp_path, make_run("a"), make_run("b")).words
     border = words.index("Learning curves per exit")
