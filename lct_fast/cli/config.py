@@ -35,8 +35,13 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 class Config:
     """Options of ``lct-fast train``; names with ``_`` are written with ``-`` on the command line."""
 
-    data: str = _option("digits", "digits | digits:fold=0..4 | cifar10:PATH | cifar100:PATH | images:DIR")
-    limit: int | None = _option(None, "train on this many images, balanced over the classes")
+    data: str = _option(
+        "digits", "digits | digits:fold=0..4 | cifar10:PATH | cifar100:PATH | images:DIR | text:FILE"
+    )
+    limit: int | None = _option(
+        None, "train on this many images, balanced over the classes; of a text, characters from its begin"
+    )
+    window: int | None = _option(None, "text: characters of a training window")
     model: str = _option(None, "a model's spec, e.g. lct_vgg:width=0.25")
     method: str = _option("local-critic", "how groups learn", METHODS)
     groups: int = _option(4, "number of groups K")
@@ -47,7 +52,7 @@ class Config:
     critic: list[str] = _option(None, "critic's spec, one for all cuts or one a cut, e.g. conv_fc:convs=1")
     critic_every: int = _option(1, "update the critics on every n-th update (local-critic)")
     critic_loss: str = _option("l1", "the critic's loss (local-critic)", ("l1", "one_sided"))
-    critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
+    critic_lr: float = _option(None, "the critics' Adam learning rate (local-critic)")
     codec: list[str] = _option(
         None, f"what crosses cuts in training, one for all or one a cut: auto | {' | '.join(codecs.names())}"
     )
@@ -69,12 +74,14 @@ class Config:
     replicas: int = _option(1, "pipelines that share every batch (pipelined, under torchrun)")
     epochs: int = _option(None, "passes over the data")
     steps: int | None = _option(None, "stop after this many batches; with it, epochs only bounds the run")
-    batch_size: int = _option(None, "samples a batch, of all replicas together")
+    batch_size: int = _option(
+        None, "samples a batch, of all replicas together; of a text, streams read side by side"
+    )
     accumulate: int = _option(1, "batches to an update")
-    optimizer: str = _option("sgd", "each group's optimiser", OPTIMIZERS)
+    optimizer: str = _option(None, "each group's optimiser", OPTIMIZERS)
     lr: float = _option(None, "learning rate (its peak, with onecycle)")
     momentum: float = _option(0.9, "momentum of sgd (Nesterov)")
-    weight_decay: float = _option(5e-4, "L2 weight decay")
+    weight_decay: float = _option(None, "L2 weight decay")
     lr_schedule: str = _option(
         "onecycle", "onecycle | step (/10 at 50 and 75 %%) | cosine | constant", LR_SCHEDULES
     )
@@ -112,6 +119,9 @@ _DIGITS = {
     "augment": "none",
     "critic": ["pooled_linear:pool=2"],
     "codec": ["none"],
+    "optimizer": "sgd",
+    "weight_decay": 5e-4,
+    "critic_lr": 1e-4,
 }
 _IMAGES = {
     "model": "lct_vgg",
@@ -121,6 +131,24 @@ _IMAGES = {
     "augment": "crop_flip",
     "critic": ["pooled_linear:pool=4"],
     "codec": ["none"],
+    "optimizer": "sgd",
+    "weight_decay": 5e-4,
+    "critic_lr": 1e-4,
+}
+# Characters; docs/text.md has what was tried.
+_TEXT = {
+    "model": "char_lstm",
+    "epochs": 10,
+    "batch_size": 32,
+    "window": 64,
+    "lr": 2e-3,
+    "augment": "none",
+    "critic": ["token_linear"],
+    "codec": ["none"],
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "clip_norm": 1.0,
+    "critic_lr": 2e-3,
 }
 
 
@@ -138,7 +166,7 @@ def resolve(given: dict[str, Any]) -> Config:
             raise ConfigError(f"unknown config key {key!r}: {hint}")
     values = {k: _typed(known[k], v) for k, v in given.items() if v is not None}
     config = Config(**values)
-    table = _DIGITS if config.data.partition(":")[0] == "digits" else _IMAGES
+    table = {"digits": _DIGITS, "text": _TEXT}.get(config.data.partition(":")[0], _IMAGES)
     for key, value in table.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
@@ -180,6 +208,7 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         )
     if config.schedule == "pipelined" and config.feedback_delay < 1:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
+    _check_text(config)
     _check_serial(config)
     _check_async(config, known)
     if config.replicas > 1 and (config.schedule != "pipelined" or config.groups < 2 or config.serial):
@@ -196,6 +225,17 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         raise ConfigError("graphs: CUDA graphs are for --schedule pipelined in one process")
     if config.clip_norm is not None and config.clip_norm <= 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
+
+
+def _check_text(config: Config) -> None:
+    if config.data.partition(":")[0] != "text":
+        if config.window is not None:
+            raise ConfigError(f"window: is for text:FILE, this run's data is {config.data}")
+        return
+    if config.window is not None and config.window < 1:
+        raise ConfigError(f"window: expected a number >= 1, got {config.window}")
+    if config.augment != "none":
+        raise ConfigError(f"augment: a text has none, got {config.augment!r}; leave it out")
 
 
 def _check_serial(config: Config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lct_fast.cli.config import Config
 from lct_fast.cli.recorder import Recorder
-from lct_fast.data import Batches
+from lct_fast.data import Batches, Windows
 from lct_fast.engine import Mark, Stats, Trainer, checkpoint
 from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.replicas import part
@@ -26,12 +26,19 @@ class Final:
 
 
 def run_here(
-    config: Config, trainer: Trainer, recorder: Recorder, batches: Batches, test: Batches, checkpoints: Path
+    config: Config,
+    trainer: Trainer,
+    recorder: Recorder,
+    batches: Batches | Windows,
+    test: Batches | Windows,
+    checkpoints: Path,
 ) -> Final:
     """Trains to the end in this process, and returns the evaluation of what was trained."""
     recorder.begin()
     while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
+        if start == 0:
+            trainer.begin_sequence()
         for _, x, y in batches.epoch(epoch, start):
             recorder.record(trainer.step(x, y))
             done, over = trainer.batch, _over(trainer, recorder)
@@ -54,7 +61,12 @@ def run_here(
 
 
 def drive(
-    config: Config, trainer: Trainer, recorder: Recorder, batches: Batches, test: Batches, checkpoints: Path
+    config: Config,
+    trainer: Trainer,
+    recorder: Recorder,
+    batches: Batches | Windows,
+    test: Batches | Windows,
+    checkpoints: Path,
 ) -> None:
     """As ``run_here``, in the process of the first group, on this replica's part: the others ``follow``."""
     share = partial(part, replica=trainer.replica, replicas=trainer.replicas)
@@ -65,6 +77,8 @@ def drive(
 
     while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
+        if start == 0:
+            trainer.begin_sequence()
         for _, x, y in batches.epoch(epoch, start):
             trainer.step(share(x), share(y))
             done, over = trainer.batch, _over(trainer, recorder)
@@ -128,7 +142,7 @@ def _saves(config: Config, recorder: Recorder, done: int) -> bool:
     return done % every == 0 if every else recorder.ends_epoch(done)
 
 
-def _result(trainer: Trainer, test: Batches, coded: bool = False) -> Evaluation:
+def _result(trainer: Trainer, test: Batches | Windows, coded: bool = False) -> Evaluation:
     result = trainer.evaluate(((x, y) for _, x, y in test.epoch(0)), coded)
     assert result is not None, "in one process evaluate returns its result"
     return result
