@@ -43,12 +43,10 @@ def build(spec: str, shape: tuple[int, ...], num_classes: int) -> Critic:
         ValueError: unknown name or option, a bad value, or a shape the critic cannot take.
     """
     name, options = parse_spec(spec, "critic", _CRITICS)
-    if len(shape) == 2 and _CRITICS[name] is not TokenLinearCritic:
-        raise ValueError(
-            f"critic {name!r} does not take tokens (T, D), got {tuple(shape)}: use 'token_linear'"
-        )
-    if len(shape) not in (1, 2, 3) or min(shape) < 1:
-        raise ValueError(f"critic {name!r}: expected a positive shape (C, H, W) or (D,), got {tuple(shape)}")
+    dimensions = (2,) if _CRITICS[name] is TokenLinearCritic else (1, 3)
+    if len(shape) not in dimensions or min(shape) < 1:
+        form = "(T, D)" if 2 in dimensions else "(C, H, W) or (D,), or for tokens critic 'token_linear'"
+        raise ValueError(f"critic {name!r}: expected a positive shape {form}, got {tuple(shape)}")
     if num_classes < 1:
         raise ValueError(f"critic {name!r}: num_classes must be at least 1, got {num_classes}")
     return _CRITICS[name](tuple(shape), num_classes, **options)

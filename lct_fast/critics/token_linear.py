@@ -21,15 +21,11 @@ class TokenLinearCritic(Critic):
             as a transformer's blocks; or "none".
 
     Raises:
-        ValueError: another shape or norm.
+        ValueError: another norm.
     """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, *, norm: str = "none") -> None:
         super().__init__()
-        if len(shape) != 2:
-            raise ValueError(
-                f"critic 'token_linear' needs tokens (T, D), got shape {tuple(shape)}: use 'linear' there"
-            )
         if norm not in ("none", "layer"):
             raise ValueError(f"critic 'token_linear': norm must be 'none' or 'layer', got {norm!r}")
         self.norm = norm
