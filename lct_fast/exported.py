@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def save(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
     try:
         if path.suffix == ".pt2":
             sizes = {0: torch.export.Dim("batch", min=1)}
-            program = torch.export.export(module, (_example(description),), dynamic_shapes=(sizes,))
+            with warnings.catch_warnings():
+                # torch's own RNN modules keep a list of their weights, of which torch.export warns.
+                warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export", UserWarning)
+                program = torch.export.export(module, (_example(description),), dynamic_shapes=(sizes,))
             torch.export.save(program, partial, extra_files={"lct_fast.json": json.dumps(description)})
         else:
             state = {n: t.detach().clone().contiguous() for n, t in module.state_dict().items()}
