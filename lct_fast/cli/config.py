@@ -148,7 +148,7 @@ _TEXT = {
     "optimizer": "adam",
     "weight_decay": 0.0,
     "clip_norm": 1.0,
-    "critic_lr": 2e-3,
+    "critic_lr": 5e-4,
 }
 
 
