@@ -1,6 +1,6 @@
 """Characters of a text: local critics and greedy groups beside back-propagation, at the same steps.
 
-    python -m benchmarks.text --data tinyshakespeare.txt --out benchmarks/results/text.json [--steps 400]
+    python -m benchmarks.text --data tinyshakespeare.txt --out benchmarks/results/text.json [--steps 500]
 
 A stacked LSTM of 4 layers in 2 and in 4 groups, at two lengths (``--steps`` and three times as many, each with a
 learning-rate schedule of its own), with other critics at the shorter one; and there a transformer of 4 blocks in 4
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from lct_fast.bench.machine import Watch, header
 
-LSTM = "char_lstm:layers=4,hidden=128"
-TRANSFORMER = "char_transformer:layers=4,width=128,heads=4"
+LSTM = "char_lstm:layers=4,hidden=64"
+TRANSFORMER = "char_transformer:layers=4,width=64,heads=4"
 COMMON = ("--batch-size", "32", "--window", "32", "--log-every", "50", "--epochs", "1000")
 LSTM_OPTIONS = ("--lr", "0.006")
 _L1 = ("--method", "local-critic", "--critic-loss", "l1", "--critic-lr")
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="the text, UTF-8")
-    parser.add_argument("--steps", type=int, default=400, help="batches of the shorter runs (default 400)")
+    parser.add_argument("--steps", type=int, default=500, help="batches of the shorter runs (default 500)")
     parser.add_argument("--out", type=Path, required=True, help="result file (JSON), made or added to")
     args = parser.parse_args(argv)
     if args.steps < 1:

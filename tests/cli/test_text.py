@@ -162,6 +162,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert _metrics(cut) == _metrics(whole)
 
 
+def test_the_state_begins_anew_with_each_epoch(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    begin = lct.Trainer.begin_sequence
+
+    def noted(self: lct.Trainer) -> None:
+        begun.append(self.batch)
+        begin(self)
+
+    monkeypatch.setattr(lct.Trainer, "begin_sequence", noted)
+    assert main(["train", *_options(text, "--epochs", "3", "--out", str(tmp_path / "run"))]) == 0
+    assert begun == [0, 27, 54]
+
+
 def test_another_text_is_read_by_the_run_s_own_vocabulary(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +199,10 @@ def test_refusals_are_one_line_with_status_2_and_leave_nothing(
     cases = [
         (["--data", "text:"], "expected text:FILE, got 'text:'"),
         (["--data", "text:/nowhere/at/all"], "which does not exist"),
-        (["--data", f"text:{short}"], "expected 80 characters or more for 4 streams of windows of 16, got 54"),
+        (
+            ["--data", f"text:{short}"],
+            "expected 80 characters or more for 4 streams of windows of 16, got 54",
+        ),
         (["--window", "0"], "window: expected a number >= 1, got 0"),
         (["--augment", "crop_flip"], "augment: a text has none, got 'crop_flip'"),
         (["--model", "lct_vgg"], "'lct_vgg' is for images"),

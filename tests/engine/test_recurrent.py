@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lct_fast as lct
-from lct_fast.engine import carried, checkpoint
+from lct_fast.engine import CheckpointError, carried, checkpoint
 from lct_fast.engine.exits import collect
+from lct_fast.engine.graphs import why_eager
 from tests.engine import nets
 from tests.engine.pipelined_cases import run_processes, weights
 
@@ -192,6 +194,26 @@ def test_a_resumed_run_goes_on_from_the_state(kind: str, tmp_path: Path, threads
     other = make(kind, 2, lct.LocalCritic())
     checkpoint.load_weights(other, found)
     assert all(layer.carried.shape[1] == 0 for layer in _layers(other))
+
+
+def test_a_state_is_that_of_its_replica_s_rows(tmp_path: Path, threads: None) -> None:
+    for kind, refused in (("lstm", True), ("transformer", False)):
+        trainer = make(kind, 2, lct.Greedy())
+        trainer.step(*windows(1)[0])
+        path = checkpoint.save(trainer, tmp_path / kind)
+        other = make(kind, 2, lct.Greedy())
+        other.replicas = 2
+        if refused:
+            with pytest.raises(CheckpointError, match="by 1 replicas with recurrent layers.*this run has 2"):
+                checkpoint.load(other, path)
+        else:
+            checkpoint.load(other, path)
+
+
+def test_groups_with_a_state_run_without_graphs(threads: None) -> None:
+    gpu: Any = SimpleNamespace(overlaps=True)
+    reasons = [why_eager(make(kind, 2, lct.Greedy()).workers[0], gpu) for kind in ("gru", "transformer")]
+    assert reasons[0] == "it carries state from batch to batch" and "optimiser" in str(reasons[1])
 
 
 def _layers(trainer: lct.Trainer) -> list[carried.Carrying]:
