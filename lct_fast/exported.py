@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lct_fast import models
 from lct_fast.engine.group import exit_module
 from lct_fast.engine.split import split
 
-_KEYS = ("model", "classes", "channels", "size", "split", "critic", "exit", "mean", "std")
+_COMMON = ("model", "classes", "split", "critic", "exit")
+_IMAGES = ("channels", "size", "mean", "std")
+_TEXT = ("window",)
 
 
 def save(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
@@ -25,7 +28,8 @@ def save(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
     Args:
         module: an exit, ``trainer.module(exit=k)``.
         path: ends in .safetensors or .pt2; an existing file is replaced as a whole.
-        description: plain data; ``load`` reads model, classes, channels, size, split, critic and exit.
+        description: plain data; ``load`` reads model, classes, split, critic and exit, and of images channels, size,
+            mean and std, of a text window.
 
     Raises:
         ValueError: another file ending.
@@ -36,9 +40,11 @@ def save(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         if path.suffix == ".pt2":
-            batch = torch.export.Dim("batch", min=1)
-            example = torch.zeros(2, description["channels"], description["size"], description["size"])
-            program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+            sizes = {0: torch.export.Dim("batch", min=1)}
+            with warnings.catch_warnings():
+                # torch's own RNN modules keep a list of their weights, of which torch.export warns.
+                warnings.filterwarnings("ignore", r"(?s).*_flat_weights.*assigned during export", UserWarning)
+                program = torch.export.export(module, (_example(description),), dynamic_shapes=(sizes,))
             torch.export.save(program, partial, extra_files={"lct_fast.json": json.dumps(description)})
         else:
             state = {n: t.detach().clone().contiguous() for n, t in module.state_dict().items()}
@@ -51,7 +57,9 @@ def save(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
 def load(path: Path | str) -> nn.Module:
     """The exit in a .safetensors file as a plain module in evaluation mode, on the CPU.
 
-    Attributes ``mean`` and ``std`` hold the input's normalisation, ``description`` the rest.
+    Of images [N, C, H, W] it gives logits [N, classes], and attributes ``mean`` and ``std`` hold their normalisation.
+    Of ids [N, T], places in ``description["classes"]``, it gives logits [N, T, classes]; each call begins afresh.
+    ``description`` holds the rest.
 
     Raises:
         ValueError: not such a file, or damaged.
@@ -62,19 +70,32 @@ def load(path: Path | str) -> nn.Module:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {path}: {error}; expected a file of `lct-fast export`") from None
-    if not isinstance(description, dict) or any(k not in description for k in _KEYS):
+    known = _COMMON + (_TEXT if isinstance(description, dict) and "window" in description else _IMAGES)
+    if not isinstance(description, dict) or any(k not in description for k in known):
         raise ValueError(f"{path} has no description of its model: expected a file of `lct-fast export`")
-    channels, size = description["channels"], description["size"]
     with torch.random.fork_rng(devices=[]):
-        model = models.build(description["model"], len(description["classes"]), channels, size)
         groups = split(
-            model,
-            example_input=torch.zeros(2, channels, size, size),
+            _model(description),
+            example_input=_example(description),
             critic=description["critic"],
             split_points=description["split"],
         )
     module = exit_module(groups, description["exit"])
     module.load_state_dict(state)
     module.description = description  # type: ignore[assignment]
-    module.mean, module.std = torch.tensor(description["mean"]), torch.tensor(description["std"])
+    if "window" not in description:
+        module.mean, module.std = torch.tensor(description["mean"]), torch.tensor(description["std"])
     return module.eval()
+
+
+def _model(description: dict[str, Any]) -> nn.Module:
+    spec, classes = description["model"], len(description["classes"])
+    if "window" in description:
+        return models.build_sequence(spec, classes, description["window"])
+    return models.build(spec, classes, description["channels"], description["size"])
+
+
+def _example(description: dict[str, Any]) -> Tensor:
+    if "window" in description:
+        return torch.zeros(2, description["window"], dtype=torch.int64)
+    return torch.zeros(2, description["channels"], description["size"], description["size"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 
 from lct_fast import data, models
 from lct_fast.cli.config import LAYER_PARALLEL, Config, ConfigError, likelihood_ratio
-from lct_fast.data import Batches, ImageData
+from lct_fast.data import Batches, ImageData, TextData, Windows
 from lct_fast.engine import Async, Hybrid, Trainer, split
 from lct_fast.engine.group import Group
 from lct_fast.methods import METHODS, LayerParallel, LikelihoodRatio, LocalCritic, Method
@@ -45,13 +45,18 @@ def set_up(config: Config) -> list[torch.device]:
     return devices
 
 
-def load_data(config: Config) -> ImageData:
-    """The data set of the run, in memory."""
-    return data.load(config.data, limit=config.limit)
+def load_data(config: Config, vocabulary: Sequence[str] | None = None) -> ImageData | TextData:
+    """The data set of the run, in memory; a text by the ``vocabulary`` of the run, if that is known."""
+    path = data.text_path(config.data)
+    if path is None:
+        return data.load(config.data, limit=config.limit)
+    return data.load_text(path, config.limit, vocabulary)
 
 
-def training_batches(config: Config, images: ImageData, device: torch.device) -> Batches:
-    """The training set in seeded order, augmented; incomplete last batches are dropped."""
+def training_batches(config: Config, images: ImageData | TextData, device: torch.device) -> Batches | Windows:
+    """The training set in seeded order, augmented; incomplete last batches are dropped. Of a text windows in order."""
+    if isinstance(images, TextData):
+        return Windows(images.train, config.batch_size, _window(config), seed=config.seed, device=device)
     return Batches(
         images.train_images,
         images.train_labels,
@@ -75,8 +80,12 @@ def _augmented(config: Config) -> Callable[[int], bool] | None:
     return schedule.is_serial if isinstance(schedule, Hybrid) else lambda batch: False
 
 
-def test_batches(config: Config, images: ImageData, device: torch.device) -> Batches:
+def test_batches(config: Config, images: ImageData | TextData, device: torch.device) -> Batches | Windows:
     """The test set in order."""
+    if isinstance(images, TextData):
+        return Windows(
+            images.test, config.batch_size, _window(config), shift=False, drop_last=False, device=device
+        )
     return Batches(
         images.test_images,
         images.test_labels,
@@ -95,21 +104,35 @@ def test_batches(config: Config, images: ImageData, device: torch.device) -> Bat
 class Facts:
     """What the model and the run need to know of the data; only the first group's process holds the data itself.
 
-    ``shape`` is an image's, [channels, height, width].
+    ``shape`` is an image's, [channels, height, width], or a text window's, [characters]. ``per_epoch``: batches.
     """
 
     name: str
     classes: int
     shape: tuple[int, ...]
-    train_images: int
+    per_epoch: int
+    text: bool = False
 
 
-def facts(config: Config, images: ImageData) -> Facts:
+def _window(config: Config) -> int:
+    assert config.window is not None, "the defaults of a text have one"
+    return config.window
+
+
+def facts(config: Config, images: ImageData | TextData) -> Facts:
     """The facts about the data of this run."""
+    if isinstance(images, TextData):
+        cpu = torch.device("cpu")
+        per_epoch = len(training_batches(config, images, cpu))
+        # Refused now if it is too short.
+        test_batches(config, images, cpu)
+        return Facts(images.name, len(images.vocabulary), (_window(config),), per_epoch, text=True)
     count = len(images.train_labels)
     if count < config.batch_size:
         raise ConfigError(f"batch_size {config.batch_size} is larger than the {count} training images")
-    return Facts(images.name, len(images.classes), tuple(images.train_images.shape[1:]), count)
+    return Facts(
+        images.name, len(images.classes), tuple(images.train_images.shape[1:]), count // config.batch_size
+    )
 
 
 def build_groups(
@@ -119,8 +142,10 @@ def build_groups(
 
     A split found by measurement varies, so what ``agree`` makes of it counts: rank 0's, over processes.
     """
-    model = models.build(config.model, facts.classes, *facts.shape[:2]).to(device)
-    example = torch.zeros(config.batch_size, *facts.shape, device=device)
+    build = models.build_sequence if facts.text else models.build
+    model = build(config.model, facts.classes, *facts.shape[:2]).to(device)
+    kind = torch.int64 if facts.text else None
+    example = torch.zeros(config.batch_size, *facts.shape, dtype=kind, device=device)
     points = config.split if config.split is not None else models.default_splits(config.model, config.groups)
     if points is None:
         measured = split(model, config.groups, example, critic=config.critic)

@@ -22,6 +22,7 @@ from lct_fast.methods.local_critic import TARGETS, own_share
 
 LAYER_PARALLEL = ("penalty", "augmented-lagrangian")
 METHODS = ("local-critic", "greedy", *LAYER_PARALLEL, "likelihood-ratio", "backprop")
+TEXT_METHODS = ("local-critic", "greedy", "backprop")
 LR_SCHEDULES = ("onecycle", "step", "cosine", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AUGMENT = ("none", "crop_flip")
@@ -41,8 +42,13 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 class Config:
     """Options of ``lct-fast train``; names with ``_`` are written with ``-`` on the command line."""
 
-    data: str = _option("digits", "digits | digits:fold=0..4 | cifar10:PATH | cifar100:PATH | images:DIR")
-    limit: int | None = _option(None, "train on this many images, balanced over the classes")
+    data: str = _option(
+        "digits", "digits | digits:fold=0..4 | cifar10:PATH | cifar100:PATH | images:DIR | text:FILE"
+    )
+    limit: int | None = _option(
+        None, "train on this many images, balanced over the classes; of a text, characters from its begin"
+    )
+    window: int | None = _option(None, "text: characters of a training window")
     model: str = _option(None, "a model's spec, e.g. lct_vgg:width=0.25")
     method: str = _option("local-critic", "how groups learn", METHODS)
     groups: int = _option(4, "number of groups K")
@@ -58,7 +64,7 @@ class Config:
     critic_target: str = _option(
         "next", "whose loss critics foretell (local-critic); last: in lockstep only", TARGETS
     )
-    critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
+    critic_lr: float = _option(None, "the critics' Adam learning rate (local-critic)")
     beta: float = _option(None, "weight of the penalty (penalty, augmented-lagrangian)")
     eta: float | None = _option(None, "step of lambda (penalty, augmented-lagrangian); default 0.2 / beta")
     lambda_store: str = _option(
@@ -99,12 +105,14 @@ class Config:
     replicas: int = _option(1, "pipelines that share every batch (pipelined, under torchrun)")
     epochs: int = _option(None, "passes over the data")
     steps: int | None = _option(None, "stop after this many batches; with it, epochs only bounds the run")
-    batch_size: int = _option(None, "samples a batch, of all replicas together")
+    batch_size: int = _option(
+        None, "samples a batch, of all replicas together; of a text, streams read side by side"
+    )
     accumulate: int = _option(1, "batches to an update")
-    optimizer: str = _option("sgd", "each group's optimiser", OPTIMIZERS)
+    optimizer: str = _option(None, "each group's optimiser", OPTIMIZERS)
     lr: float = _option(None, "learning rate (its peak, with onecycle)")
     momentum: float = _option(0.9, "momentum of sgd (Nesterov)")
-    weight_decay: float = _option(5e-4, "L2 weight decay")
+    weight_decay: float = _option(None, "L2 weight decay")
     lr_schedule: str = _option(
         "onecycle", "onecycle | step (/10 at 50 and 75 %%) | cosine | constant", LR_SCHEDULES
     )
@@ -145,6 +153,9 @@ _DIGITS = {
     "augment": "none",
     "critic": ["pooled_linear:pool=2"],
     "codec": ["none"],
+    "optimizer": "sgd",
+    "weight_decay": 5e-4,
+    "critic_lr": 1e-4,
 }
 _IMAGES = {
     "model": "lct_vgg",
@@ -154,6 +165,24 @@ _IMAGES = {
     "augment": "crop_flip",
     "critic": ["pooled_linear:pool=4"],
     "codec": ["none"],
+    "optimizer": "sgd",
+    "weight_decay": 5e-4,
+    "critic_lr": 1e-4,
+}
+# Characters; docs/text.md has what was tried.
+_TEXT = {
+    "model": "char_lstm",
+    "epochs": 10,
+    "batch_size": 32,
+    "window": 64,
+    "lr": 2e-3,
+    "augment": "none",
+    "critic": ["token_linear"],
+    "codec": ["none"],
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "clip_norm": 1.0,
+    "critic_lr": 5e-4,
 }
 # Over both: batch norm is refused, and without it a gradient that is an estimate may be far too long.
 _LIKELIHOOD_RATIO = {"clip_norm": 1.0}
@@ -185,11 +214,11 @@ def resolve(given: dict[str, Any]) -> Config:
             raise ConfigError(f"unknown config key {key!r}: {hint}")
     values = {k: _typed(known[k], v) for k, v in given.items() if v is not None}
     config = Config(**values)
-    digits = config.data.partition(":")[0] == "digits"
-    table = _DIGITS if digits else _IMAGES
+    kind = config.data.partition(":")[0]
+    table = {"digits": _DIGITS, "text": _TEXT}.get(kind, _IMAGES)
     table = table | (_LAYER_PARALLEL if config.method in LAYER_PARALLEL else _OTHERS)
     if config.method == LikelihoodRatio.name:
-        table = table | {"model": "digits_cnn:norm=none" if digits else "vgg8"} | _LIKELIHOOD_RATIO
+        table = table | {"model": "digits_cnn:norm=none" if kind == "digits" else "vgg8"} | _LIKELIHOOD_RATIO
     for key, value in table.items():
         if getattr(config, key) is None:
             setattr(config, key, value)
@@ -241,6 +270,7 @@ def _check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     if config.schedule == "pipelined" and config.feedback_delay < 1:
         raise ConfigError(f"feedback_delay: pipelined needs 1 or more, got {config.feedback_delay}")
     _check_likelihood_ratio(config, known)
+    _check_text(config)
     _check_serial(config)
     _check_async(config, known)
     _check_layer_parallel(config, known)
@@ -306,6 +336,21 @@ def likelihood_ratio(config: Config) -> LikelihoodRatio:
         config.learn_sigma,
         config.storage,
     )
+
+
+def _check_text(config: Config) -> None:
+    if config.data.partition(":")[0] != "text":
+        if config.window is not None:
+            raise ConfigError(f"window: is for text:FILE, this run's data is {config.data}")
+        return
+    if config.window is not None and config.window < 1:
+        raise ConfigError(f"window: expected a number >= 1, got {config.window}")
+    if config.augment != "none":
+        raise ConfigError(f"augment: a text has none, got {config.augment!r}; leave it out")
+    if config.method not in TEXT_METHODS:
+        raise ConfigError(
+            f"{config.method} does not train texts: its samples are images; use {', '.join(TEXT_METHODS)}"
+        )
 
 
 def _check_serial(config: Config) -> None:

@@ -8,9 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
+
 from lct_fast.cli import build
 from lct_fast.cli.config import ConfigError
 from lct_fast.cli.load_run import load_run
+from lct_fast.cli.recorder import bits_per_character
+from lct_fast.data import TextData
 from lct_fast.engine.exits import accuracy, collect, ensemble, progressive
 from lct_fast.engine.structures import Structure, progressive_macs, structures
 
@@ -53,10 +57,14 @@ def run(args: argparse.Namespace) -> int:
             result[name] = {"accuracy": ensemble(logits, labels)}
         else:
             result[f"exit {value}"] = {"accuracy": accuracy(logits[int(value) - 1], labels)}
+            if isinstance(trained.images, TextData):
+                loss = float(F.cross_entropy(logits[int(value) - 1], labels))
+                result[f"exit {value}"] |= {"loss": loss, "bits_per_character": bits_per_character(loss)}
     if args.json:
         print(json.dumps({"samples": len(labels), "results": result}))
         return 0
-    print(f"{trained.images.name}, {len(labels)} test images")
+    what = "characters" if isinstance(trained.images, TextData) else "images"
+    print(f"{trained.images.name}, {len(labels)} test {what}")
     for name, row in result.items():
         leaving = (
             "  leaving at each exit: "
@@ -65,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
             if "leaving" in row
             else ""
         )
-        print(f"{name:<18} {row['accuracy']:7.2%}{leaving}")
+        bits = f"  {row['bits_per_character']:.3f} bits per character" if "bits_per_character" in row else ""
+        print(f"{name:<18} {row['accuracy']:7.2%}{bits}{leaving}")
     return 0
 
 

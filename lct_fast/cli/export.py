@@ -11,6 +11,7 @@ from lct_fast.cli import build
 from lct_fast.cli.config import ConfigError
 from lct_fast.cli.evaluate import table
 from lct_fast.cli.load_run import TrainedRun, load_run
+from lct_fast.data import TextData
 from lct_fast.engine.exits import collect
 from lct_fast.engine.group import parameter_count
 from lct_fast.engine.structures import smallest, structures
@@ -47,21 +48,23 @@ def run(args: argparse.Namespace) -> int:
     count = len(trainer.groups)
     k = _choose(trained, limit, least) if asked else count if args.exit is None else args.exit
     module = trainer.module(exit=k)
-    exported.save(
-        module,
-        args.out,
-        {
-            "model": config.model,
-            "classes": images.classes,
+    description = {
+        "model": config.model,
+        "classes": images.classes,
+        "split": config.split if count > 1 else [],
+        "critic": config.critic,
+        "exit": k,
+    }
+    if isinstance(images, TextData):
+        description["window"] = config.window
+    else:
+        description |= {
             "channels": images.train_images.shape[1],
             "size": images.train_images.shape[2],
-            "split": config.split if count > 1 else [],
-            "critic": config.critic,
-            "exit": k,
             "mean": images.mean.flatten().tolist(),
             "std": images.std.flatten().tolist(),
-        },
-    )
+        }
+    exported.save(module, args.out, description)
     print(f"exit {k} of {count}: {parameter_count(module):,} parameters -> {args.out}")
     return 0
 

@@ -10,7 +10,8 @@ import torch
 
 from lct_fast.cli import build
 from lct_fast.cli.config import Config, ConfigError, read_yaml, resolve
-from lct_fast.data import ImageData
+from lct_fast.cli.run_folder import RunFolder
+from lct_fast.data import ImageData, TextData
 from lct_fast.engine import Trainer, checkpoint
 
 
@@ -19,7 +20,7 @@ class TrainedRun:
     """A run's options, data and trainer with the newest checkpoint's weights."""
 
     config: Config
-    images: ImageData
+    images: ImageData | TextData
     trainer: Trainer
     device: torch.device
 
@@ -43,7 +44,7 @@ def load_run(path: Path, data: str | None = None) -> TrainedRun:
             f"{path} holds no whole checkpoint yet: go on with `lct-fast train --resume --out {path}`"
         )
     devices = build.set_up(config)
-    images = build.load_data(config)
+    images = build.load_data(config, RunFolder(path).vocabulary())
     groups, _ = build.build_groups(config, build.facts(config, images), devices[0])
     # Read in one process, however it was trained.
     here = dataclasses.replace(config, schedule="lockstep", replicas=1)

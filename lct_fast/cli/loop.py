@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lct_fast.cli.config import Config
 from lct_fast.cli.recorder import Recorder
-from lct_fast.data import Batches
+from lct_fast.data import Batches, Windows
 from lct_fast.engine import Mark, Stats, Trainer, checkpoint
 from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.replicas import part
@@ -28,12 +28,19 @@ class Final:
 
 
 def run_here(
-    config: Config, trainer: Trainer, recorder: Recorder, batches: Batches, test: Batches, checkpoints: Path
+    config: Config,
+    trainer: Trainer,
+    recorder: Recorder,
+    batches: Batches | Windows,
+    test: Batches | Windows,
+    checkpoints: Path,
 ) -> Final:
     """Trains to the end in this process, and returns the evaluation of what was trained."""
     recorder.begin()
     while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
+        if start == 0:
+            trainer.begin_sequence()
         for index, x, y in batches.epoch(epoch, start):
             recorder.record(trainer.step(x, y, _samples(trainer, batches, epoch, index)))
             done, over = trainer.batch, _over(trainer, recorder)
@@ -56,7 +63,12 @@ def run_here(
 
 
 def drive(
-    config: Config, trainer: Trainer, recorder: Recorder, batches: Batches, test: Batches, checkpoints: Path
+    config: Config,
+    trainer: Trainer,
+    recorder: Recorder,
+    batches: Batches | Windows,
+    test: Batches | Windows,
+    checkpoints: Path,
 ) -> None:
     """As ``run_here``, in the process of the first group, on this replica's part: the others ``follow``."""
     share = partial(part, replica=trainer.replica, replicas=trainer.replicas)
@@ -67,6 +79,8 @@ def drive(
 
     while not _over(trainer, recorder):
         epoch, start = divmod(trainer.batch, len(batches))
+        if start == 0:
+            trainer.begin_sequence()
         for index, x, y in batches.epoch(epoch, start):
             trainer.step(share(x), share(y), _samples(trainer, batches, epoch, index))
             done, over = trainer.batch, _over(trainer, recorder)
@@ -119,9 +133,12 @@ def end(trainer: Trainer) -> None:
         list(trainer.events())
 
 
-def _samples(trainer: Trainer, batches: Batches, epoch: int, index: int) -> Tensor | None:
+def _samples(trainer: Trainer, batches: Batches | Windows, epoch: int, index: int) -> Tensor | None:
     """Which samples a batch holds, for a method that keeps something for each."""
-    return batches.samples(epoch, index) if trainer.method.sample_state else None
+    if not trainer.method.sample_state:
+        return None
+    assert isinstance(batches, Batches), "windows of a text have no number"
+    return batches.samples(epoch, index)
 
 
 def _over(trainer: Trainer, recorder: Recorder) -> bool:
@@ -135,7 +152,7 @@ def _saves(config: Config, recorder: Recorder, done: int) -> bool:
     return done % every == 0 if every else recorder.ends_epoch(done)
 
 
-def _result(trainer: Trainer, test: Batches, coded: bool = False) -> Evaluation:
+def _result(trainer: Trainer, test: Batches | Windows, coded: bool = False) -> Evaluation:
     result = trainer.evaluate(((x, y) for _, x, y in test.epoch(0)), coded)
     assert result is not None, "in one process evaluate returns its result"
     return result

@@ -17,16 +17,29 @@ from lct_fast.engine.exits import Evaluation
 from lct_fast.engine.worker import learning_rate
 
 
+def bits_per_character(loss: float) -> float:
+    """A mean cross-entropy in nats as bits."""
+    return loss / math.log(2)
+
+
 class Recorder:
     """Keeps and writes the losses of finished batches, in order; in the process that trains the last group.
 
     Args:
-        per_epoch: batches of an epoch. steps: batches of the run.
+        per_epoch: batches of an epoch. steps: batches of the run. text: whether the data is one.
     """
 
     def __init__(
-        self, config: Config, folder: RunFolder, trainer: Trainer, per_epoch: int, steps: int, quiet: bool
+        self,
+        config: Config,
+        folder: RunFolder,
+        trainer: Trainer,
+        per_epoch: int,
+        steps: int,
+        quiet: bool,
+        text: bool = False,
     ) -> None:
+        self.text = text
         self.config, self.folder, self.trainer, self.quiet = config, folder, trainer, quiet
         self.per_epoch, self.steps = per_epoch, steps
         self.done = trainer.batch
@@ -103,14 +116,24 @@ class Recorder:
                 "test_loss": result.loss,
                 "exit_test_accuracy": result.accuracy,
                 "test_accuracy": result.accuracy[-1],
+                **self.bits(result),
             }
         )
         self.epoch_sum.zero_()
         self.epoch_count.zero_()
         if not self.quiet:
             exits = " ".join(f"{a:.2%}" for a in result.accuracy)
-            tqdm.write(f"epoch {epoch:3d}  batch {batch:6d}  test accuracy of the exits: {exits}")
+            told = f"test accuracy of the exits: {exits}"
+            if self.text:
+                told = f"bits per character: {' '.join(f'{bits_per_character(v):.3f}' for v in result.loss)}"
+            tqdm.write(f"epoch {epoch:3d}  batch {batch:6d}  {told}")
         self.restart_clock()
+
+    def bits(self, result: Evaluation) -> dict[str, list[float]]:
+        """Of a text, what records say beside the loss."""
+        if not self.text:
+            return {}
+        return {"exit_bits_per_character": [bits_per_character(v) for v in result.loss]}
 
     def end(self) -> None:
         """Training is over."""
@@ -139,7 +162,10 @@ class Recorder:
                 "seconds": self.seconds,
                 "loss": losses,
                 "lr": learning_rate(reversed(self.trainer.workers)),
-                "samples_per_second": self.config.batch_size / seconds if seconds else None,
+                # Of a text, characters.
+                "samples_per_second": self.config.batch_size * (self.config.window or 1) / seconds
+                if seconds
+                else None,
             }
         )
         self.bar.set_postfix_str("loss " + " ".join("-" if isnan(v) else f"{v:.3f}" for v in losses))

@@ -1,4 +1,5 @@
-"""A run's folder: config.yaml, metrics.jsonl, summary.json, trace.json, curves.png, checkpoints/."""
+"""A run's folder: config.yaml, metrics.jsonl, summary.json, trace.json, curves.png, checkpoints/; of a text its
+vocabulary.json too."""
 
 from __future__ import annotations
 
@@ -95,6 +96,20 @@ class RunFolder:
             raise ConfigError(
                 f"cannot write the run folder {self.path}: {error.strerror}; choose another --out"
             ) from None
+
+    def write_vocabulary(self, vocabulary: list[str]) -> None:
+        """Keeps what the ids of a text stand for."""
+        file = self.path / "vocabulary.json"
+        with _named(file):
+            file.write_text(json.dumps(vocabulary) + "\n")
+
+    def vocabulary(self) -> list[str] | None:
+        """What the ids of the run's text stand for; None where there is no run, or none on a text."""
+        file = self.path / "vocabulary.json"
+        try:
+            return json.loads(file.read_text()) if file.exists() else None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read {file}: {error}; it is needed to read the run's text") from None
 
     def reopen(self, given: dict[str, Any]) -> Config:
         """The options of the run that is here; those given must agree with them."""

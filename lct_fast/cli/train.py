@@ -18,6 +18,7 @@ from lct_fast.cli.costs import critic_mac_share
 from lct_fast.cli.info import device_name
 from lct_fast.cli.recorder import Recorder
 from lct_fast.cli.run_folder import RunFolder
+from lct_fast.data import TextData
 from lct_fast.engine import CheckpointError, Trainer, checkpoint
 from lct_fast.engine.diagnosis import late_means, rows
 from lct_fast.engine.graphs import eager_lines
@@ -59,6 +60,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         exits = "  ".join(f"exit {k} {a:.2%}" for k, a in enumerate(summary["exit_test_accuracy"], 1))
         print(f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}  ({exits})")
+        if "exit_bits_per_character" in summary:
+            exits = "  ".join(
+                f"exit {k} {b:.3f}" for k, b in enumerate(summary["exit_bits_per_character"], 1)
+            )
+            print(f"bits per character: {exits}")
         step = summary["step_seconds_median"]
         pace = "" if step is None else f", {step * 1e3:.1f} ms a step"
         print(f"{summary['seconds']:.0f} s{pace}; run folder {out}")
@@ -77,7 +83,8 @@ def train(
     several = processes.count() > 1
     if several:
         devices = [processes.join(devices, config.start_timeout)]
-    images = build.load_data(config) if processes.reads_data(config) else None
+    vocabulary = folder.vocabulary() if resume else None
+    images = build.load_data(config, vocabulary) if processes.reads_data(config) else None
     facts = processes.from_first(build.facts(config, images) if images else None)
     found = None
     if resume and processes.is_first():
@@ -86,7 +93,7 @@ def train(
         checkpoint.sweep(folder.checkpoints)
     found = processes.from_first(found)
     groups, config.split = build.build_groups(config, facts, devices[0], processes.from_first)
-    per_epoch = facts.train_images // config.batch_size
+    per_epoch = facts.per_epoch
     steps = build.total_steps(config, per_epoch)
     config.serial_block = build.serial_block(config, per_epoch)
     trainer = build.build_trainer(config, groups, devices, steps, facts.train_images, folder.path / "lambda")
@@ -102,7 +109,7 @@ def train(
             "diagnose: gradient norms only, as cosines to the true gradient are taken in lockstep", flush=True
         )
     told = _tell_eager(config, trainer, [], quiet)
-    recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet)
+    recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet, facts.text)
     if found is not None:
         recorder.restore(checkpoint.load(trainer, found))
     if resume and trainer.batch >= steps and folder.summary.exists():
@@ -111,6 +118,8 @@ def train(
         return json.loads(folder.summary.read_text()) if trainer.reports else None
     if processes.is_first() and not resume:
         folder.create(config)
+        if isinstance(images, TextData):
+            folder.write_vocabulary(images.vocabulary)
     processes.from_first(None)
     if trainer.reports:
         folder.open(recorder.done, trainer.batch)
@@ -236,6 +245,8 @@ def _summary(
         "epochs": config.epochs,
         "test_accuracy": result.plain.accuracy[-1],
         "exit_test_accuracy": result.plain.accuracy,
+        "exit_test_loss": result.plain.loss,
+        **recorder.bits(result.plain),
         "coded_exit_test_accuracy": result.coded and result.coded.accuracy,
         "step_seconds_median": meter.step_seconds_median(),
         "seconds": recorder.seconds,

@@ -14,6 +14,7 @@ from lct_fast.critics.linear import LinearCritic, PooledLinearCritic
 from lct_fast.critics.mlp_aux import MlpAuxCritic
 from lct_fast.critics.mlp_sr_aux import MlpSrAuxCritic
 from lct_fast.critics.shared import SharedCritic
+from lct_fast.critics.token_linear import TokenLinearCritic
 
 _CRITICS: dict[str, type[Critic]] = {
     "cnn_aux": CnnAuxCritic,
@@ -24,6 +25,7 @@ _CRITICS: dict[str, type[Critic]] = {
     "mlp_sr_aux": MlpSrAuxCritic,
     "pooled_linear": PooledLinearCritic,
     "shared": SharedCritic,
+    "token_linear": TokenLinearCritic,
 }
 
 
@@ -38,15 +40,17 @@ def build(spec: str, shape: tuple[int, ...], num_classes: int) -> Critic:
     Args:
         spec: `"name"` or `"name:key=value,key=value"`, see `names()`; the options are the keyword arguments
             of the critic's class.
-        shape: the group's output without the batch, (C, H, W) or (D,).
+        shape: the group's output without the batch, (C, H, W) or (D,); for tokens (T, D).
         num_classes: classes.
 
     Raises:
         ValueError: unknown name or option, a bad value, or a shape the critic cannot take.
     """
     name, options = parse_spec(spec, "critic", _CRITICS)
-    if len(shape) not in (1, 3) or min(shape) < 1:
-        raise ValueError(f"critic {name!r}: expected a positive shape (C, H, W) or (D,), got {tuple(shape)}")
+    dimensions = (2,) if _CRITICS[name] is TokenLinearCritic else (1, 3)
+    if len(shape) not in dimensions or min(shape) < 1:
+        form = "(T, D)" if 2 in dimensions else "(C, H, W) or (D,), or for tokens critic 'token_linear'"
+        raise ValueError(f"critic {name!r}: expected a positive shape {form}, got {tuple(shape)}")
     if num_classes < 1:
         raise ValueError(f"critic {name!r}: num_classes must be at least 1, got {num_classes}")
     return _CRITICS[name](tuple(shape), num_classes, **options)

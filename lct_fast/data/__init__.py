@@ -1,7 +1,7 @@
-"""Data sets of labelled images: scikit-learn's digits, CIFAR-10 and -100, and any tree of images.
+"""Data sets of labelled images: scikit-learn's digits, CIFAR-10 and -100, and any tree of images; and texts.
 
-`load` gives a set as uint8 tensors, decoded once and cached; `Batches` iterates over it on the training
-device.
+`load` gives a set of images as uint8 tensors, decoded once and cached; `Batches` iterates over it on the training
+device. `load_text` gives a text as ids of its characters; `Windows` iterates over it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,27 @@ from pathlib import Path
 from .batches import Batches
 from .errors import DataError
 from .image_data import ImageData, take
+from .text import TextData, load_text
+from .windows import Windows
 
-__all__ = ["Batches", "DataError", "ImageData", "load", "names"]
+__all__ = [
+    "Batches",
+    "DataError",
+    "ImageData",
+    "TextData",
+    "Windows",
+    "load",
+    "load_text",
+    "names",
+    "text_path",
+]
 
 _FORMS = {
     "digits": "digits or digits:fold=0 (to 4)",
     "cifar10": "cifar10:PATH",
     "cifar100": "cifar100:PATH",
     "images": "images:PATH or images:PATH?size=64",
+    "text": "text:FILE",
 }
 
 
@@ -28,8 +41,21 @@ def names() -> list[str]:
     return list(_FORMS)
 
 
+def text_path(spec: str) -> Path | None:
+    """The file of "text:FILE"; None for the spec of a set of images.
+
+    Raises DataError where the file is missing in ``spec``.
+    """
+    name, _, rest = spec.partition(":")
+    if name != "text":
+        return None
+    if not rest:
+        raise DataError(f"data: expected {_FORMS[name]}, got {spec!r}; say where the data is")
+    return Path(rest).expanduser()
+
+
 def load(spec: str, cache: Path | None = None, limit: int | None = None) -> ImageData:
-    """The data set that ``spec`` names, in memory.
+    """The set of images that ``spec`` names, in memory.
 
     spec: "digits", "digits:fold=0" to 4 (tested on that fifth), "cifar10:PATH", "cifar100:PATH", "images:PATH",
     "images:PATH?size=64". PATH is a folder or an archive (see docs/data.md). cache: folder for decoded sets; None:
@@ -39,6 +65,10 @@ def load(spec: str, cache: Path | None = None, limit: int | None = None) -> Imag
     Raises DataError, one line, for an unknown name, a wrong path, or files that are missing, corrupt or not
     as expected.
     """
+    if text_path(spec) is not None:
+        raise DataError(
+            f"data: expected a set of images, got {spec!r}; a text is read by data.load_text(FILE)"
+        )
     name, path, size = _parse(spec)
     if path is None:
         from .digits import load_digits

@@ -133,7 +133,7 @@ class Batches:
         image.
         """
         count = self.images.shape[0]
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         if self.augment == "none":
             return order, None
@@ -154,7 +154,7 @@ class Batches:
         return padded.view(batch, channels, -1).gather(2, pixels).view(batch, channels, height, width)
 
 
-def _mix(seed: int, epoch: int) -> int:
+def mix(seed: int, epoch: int) -> int:
     """A generator seed from two integers; hashed, so that (1, 0) and (0, 1) have nothing in common."""
     # Four bytes: torch's CPU generator keeps 32 bits of the seed.
     digest = hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=4).digest()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lct_fast import codecs
+from lct_fast.engine import carried
 from lct_fast.engine.ranks import Ranks
 from lct_fast.engine.worker import Worker
 from lct_fast.methods import Objective
@@ -156,7 +157,7 @@ def _group_costs(worker: Worker, x: Tensor) -> tuple[Costs, Tensor]:
     """Costs with the time of a local step on ``x``, and h_k; buffers and random state stay, no gradient is left."""
     group, method = worker.group, worker.settings.method
     kept = [b.clone() for b in group.buffers()]
-    target = torch.zeros(len(x), dtype=torch.int64, device=worker.device)
+    target = torch.zeros(x.shape[: group.cut.target_dims], dtype=torch.int64, device=worker.device)
     objective = Objective()
     scale = objective.scale(target)
     group.train()
@@ -167,6 +168,7 @@ def _group_costs(worker: Worker, x: Tensor) -> tuple[Costs, Tensor]:
 
     seconds, h = _seconds(step, worker.device), step()
     group.zero_grad()
+    carried.begin_sequence([group])
     for buffer, value in zip(group.buffers(), kept, strict=True):
         buffer.copy_(value)
     return Costs(seconds), h

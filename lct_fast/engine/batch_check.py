@@ -24,10 +24,14 @@ class BatchCheck:
 
     Args:
         late: flag also what lies on the host; for tests.
+        target_dims: of integer labels, 1 for [N], 2 for [N, T].
     """
 
-    def __init__(self, num_classes: int, objective: Objective, late: bool = False) -> None:
+    def __init__(
+        self, num_classes: int, objective: Objective, late: bool = False, target_dims: int = 1
+    ) -> None:
         self.num_classes, self.objective, self.late = num_classes, objective, late
+        self.target_dims = target_dims
         self._flags: deque[tuple[int, Late]] = deque()
 
     def __call__(
@@ -86,9 +90,10 @@ class BatchCheck:
             if y.dim() != 2 or y.shape[1] != self.num_classes:
                 raise ValueError(f"soft labels: expected [{len(x)}, {self.num_classes}], got {list(y.shape)}")
             return y, None
-        if y.dtype != torch.int64 or y.dim() != 1:
+        if y.dtype != torch.int64 or y.dim() != self.target_dims:
+            tokens = ", T" * (self.target_dims - 1)
             raise ValueError(
-                f"labels: expected int64 [{len(x)}], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}"
+                f"labels: expected int64 [{len(x)}{tokens}], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}"
             )
         ignored = self.objective.ignore_index
         bad = (y != ignored) & ((y < 0) | (y >= self.num_classes))

@@ -396,6 +396,11 @@ def _read_description(path: Path, name: str, manifest: dict[str, Any]) -> dict[s
 def _check_closed(path: Path, manifest: dict[str, Any], trainer: Trainer) -> None:
     """Refuses a checkpoint whose open ends belong to the parts of another number of replicas."""
     groups = [_read_description(path, name, manifest) for name in files(len(manifest["units"]), 1)]
+    if any(g.get("carried") for g in groups):
+        raise CheckpointError(
+            f"{path} was made by {manifest.get('replicas', 1)} replicas with recurrent layers, whose state is that of "
+            f"their rows: this run has {trainer.replicas}; use as many"
+        )
     if any(g["pending"] for g in groups) or manifest["batch"] % trainer.settings.accumulate:
         raise CheckpointError(
             f"{path} was made by {manifest.get('replicas', 1)} replicas, with feedback or an accumulation open: this "

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lct_fast.engine import carried
 from lct_fast.engine.group import Group
 from lct_fast.methods import Objective
+from lct_fast.methods.objective import flat
 
 
 @dataclass(slots=True)
 class Evaluation:
-    """Per exit: mean loss and accuracy (fractions), over ``samples`` samples."""
+    """Per exit: mean loss and accuracy (fractions), over ``samples`` samples; of tokens, over all of these."""
 
     samples: int
     loss: list[float]
@@ -47,18 +49,24 @@ def _device(group: Group, h: Tensor) -> torch.device:
 
 @torch.no_grad()
 def collect(groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Logits of every exit and the labels over all batches, on the CPU. Modes of the groups are kept."""
+    """Logits of every exit and the labels over all batches, on the CPU. Modes of the groups are kept.
+
+    Of tokens all are rows. Layers that carry state go on from batch to batch, the first one afresh.
+    """
     modes = [g.training for g in groups]
     for g in groups:
         g.eval()
+    carried.go_on(groups, True)
     try:
         parts: list[list[Tensor]] = [[] for g in groups if g.has_exit]
         labels = []
         for x, y in batches:
             for part, z in zip(parts, exit_logits(groups, x), strict=True):
-                part.append(z.cpu())
-            labels.append(y.cpu())
+                rows, label = flat(z.cpu(), y.cpu())
+                part.append(rows)
+            labels.append(label)
     finally:
+        carried.go_on(groups, False)
         for g, mode in zip(groups, modes, strict=True):
             g.train(mode)
     if not labels:
@@ -67,7 +75,11 @@ def collect(groups: Sequence[Group], batches: Iterable[tuple[Tensor, Tensor]]) -
 
 
 def score(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
-    """(sum of losses, correct predictions, rows that carry a loss, rows): a float64 tensor [4]; sums over batches."""
+    """(sum of losses, correct predictions, rows that carry a loss, rows): a float64 tensor [4]; sums over batches.
+
+    Logits [N, V] and labels [N]; of tokens, which all are rows, [N, T, V] and [N, T].
+    """
+    logits, labels = flat(logits, labels)
     loss = objective.per_sample(logits, labels).double().sum()
     correct = (logits.argmax(1) == _hard(labels)).sum()
     rows = torch.full_like(correct, len(labels))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lct_fast.codecs import Encoded, Layout
+from lct_fast.engine import carried
 from lct_fast.engine.errors import first_line
 from lct_fast.engine.streams import Device, Graph, Stream
 from lct_fast.engine.worker import Worker
@@ -95,6 +96,8 @@ def why_eager(worker: Worker, device: Device) -> str | None:
         return "it is wrapped in DistributedDataParallel, which communicates inside the backward pass"
     if worker.diagnosis is not None:
         return f"its gradients are looked at every {worker.settings.diagnose} batches (diagnose)"
+    if carried.layers(worker.group):
+        return "it carries state from batch to batch"
     hooked = _hooked(worker)
     if hooked:
         return f"{hooked} has hooks, which a graph would not call"
@@ -220,7 +223,7 @@ class GroupGraphs:
         self._rates.update()
         with worker.meter.span("graph"), worker.random.active():
             slot.train.replay()
-        worker.took(batch, len(inputs.target), slot.work.result)
+        worker.took(batch, inputs.target, slot.work.result)
         worker.advance_schedulers()
         # The caller reads the last group's losses when it likes.
         losses = slot.work.losses.clone() if worker.last else slot.work.losses

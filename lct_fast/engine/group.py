@@ -19,7 +19,7 @@ class OutputHead(Critic):
         self.head = head  # type: ignore[assignment]
 
     def features(self, h: Tensor) -> Tensor:
-        return h
+        return h if self.head is None else h.flatten(0, -2)
 
     def forward(self, h: Tensor) -> Tensor:
         return h if self.head is None else self.head(h)
@@ -85,12 +85,22 @@ class Group(nn.Module):
 
 
 class Cut:
-    """A traced model, the nodes that start groups 2..K, and the example input it was cut with."""
+    """A traced model, the nodes that start groups 2..K, and the example input it was cut with.
+
+    ``target_dims``: dimensions of integer targets, those of the output without the classes: 2 for tokens [N, T].
+    """
 
     def __init__(
-        self, model: nn.Module, graph: fx.Graph, starts: list[fx.Node], num_classes: int, example: Tensor
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        starts: list[fx.Node],
+        num_classes: int,
+        example: Tensor,
+        target_dims: int = 1,
     ) -> None:
         self.model = model
+        self.target_dims = target_dims
         self.example = example
         self.graph = graph
         self.starts = starts
@@ -158,7 +168,7 @@ def exit_module(groups: list[Group], k: int) -> nn.Module:
 def join(groups: list[Group]) -> Group:
     """All groups as one, without critics: the plain network."""
     whole = groups[0].cut
-    cut = Cut(whole.model, whole.graph, [], whole.num_classes, whole.example)
+    cut = Cut(whole.model, whole.graph, [], whole.num_classes, whole.example, whole.target_dims)
     return make_groups(cut, [], [])[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lct_fast.engine import carried
 from lct_fast.engine.errors import CheckpointError
 from lct_fast.engine.worker import Pending, Worker
 from lct_fast.methods import Slot
@@ -76,6 +77,8 @@ def _pack_own(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     description["owed"] = _pack(list(worker.owed), "owed", tensors)
     description["kept"] = worker.kept and _pack(worker.kept.state(), "kept", tensors)
+    state = {name: layer.carried for name, layer in carried.layers(worker.group).items()}
+    description["carried"] = state and _pack(state, "carried", tensors)
     description["random"] = _pack(worker.random.state, "random", tensors)
     description["meter"] = {name: copy(getattr(worker.meter, name)) for name in _COUNTERS}
     return tensors, description
@@ -104,6 +107,10 @@ def unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict[
             getattr(worker, name).load_state(state, worker.device)
     if worker.kept is not None:
         worker.kept.load_state(unpack(description["kept"], tensors))
+    if description.get("carried"):
+        layers = carried.layers(worker.group)
+        for name, state in unpack(description["carried"], tensors).items():
+            layers[name].carried = state.to(worker.device)
     worker.random.state = unpack(description["random"], tensors)
     for name, value in description["meter"].items():
         setattr(worker.meter, name, value)

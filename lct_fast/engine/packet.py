@@ -70,6 +70,7 @@ class Kind(IntEnum):
     STOP = 7
     FEEDBACK = 8
     SERIAL = 9
+    SEQUENCE = 10
 
 
 @dataclass(slots=True)

@@ -106,6 +106,24 @@ def plan(
     return Plan(str(name), delay, hybrid, pace, over_processes)
 
 
+def check_carried(planned: Plan) -> None:
+    """Refuses a schedule that cannot train layers that carry state from batch to batch.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if planned.pace is not None:
+        raise ValueError(
+            "recurrent layers go on from the batch before, and schedule async takes batches in any order: use lockstep "
+            "or pipelined"
+        )
+    if planned.hybrid is not None and planned.hybrid.microbatches > 1:
+        raise ValueError(
+            f"recurrent layers go on from the batch before, whole: expected microbatches=1 in serial steps, got "
+            f"{planned.hybrid.microbatches}"
+        )
+
+
 def _check_method(name: str, method: Method, hybrid: Hybrid | None, pace: Async | None, groups: int) -> None:
     if method.asks_behind and name != "lockstep":
         raise ValueError(

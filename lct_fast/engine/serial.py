@@ -134,7 +134,7 @@ class SerialSteps:
         for worker in self.workers:
             worker.forget_samples()
             worker.learn(batch)
-            count_step(worker, batch, len(x), start)
+            count_step(worker, batch, y, start)
         known = torch.full((len(self.workers),), float("nan"), device=self.workers[0].device)
         known[-1] = loss
         sent = sum(w.meter.serial_bytes for w in self.workers) - sent
@@ -189,10 +189,10 @@ def check_finite(workers: Sequence[Worker], finite: Sequence[bool], batch: int) 
     )
 
 
-def count_step(worker: Worker, batch: int, rows: int, start: float) -> None:
+def count_step(worker: Worker, batch: int, target: Tensor, start: float) -> None:
     """Notes in the group's meter a serial step that began at ``start``."""
     meter, now = worker.meter, time.perf_counter()
-    meter.samples += rows
+    meter.samples += worker.settings.objective.rows(target)
     meter.serial_steps += 1
     meter.serial_seconds += now - start
     meter.trace(Event("compute", "serial step", start, now, batch))

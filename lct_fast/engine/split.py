@@ -38,8 +38,8 @@ def split(
         groups: number K of groups; may be left out with ``split_points``.
         example_input: [N, ...], a batch as in training; N >= 2 where there is batch norm.
         critic: a critic's spec (see ``lct_fast.critics``) or a function ``(shape, num_classes) -> Critic``, for
-            every cut, or a list of K - 1 of them; None for ``pooled_linear`` on feature maps and ``linear`` on
-            vectors.
+            every cut, or a list of K - 1 of them; None for ``pooled_linear`` on feature maps, ``token_linear`` on
+            tokens and ``linear`` on vectors.
         split_points: names of the K - 1 modules that start groups 2..K, e.g. ``["layer2", "layer3.4"]``.
         repeats: timings of each unit; the median counts.
 
@@ -76,7 +76,9 @@ def split(
         _head(spec, shape, num_classes, example_input.device)
         for spec, shape in zip(specs, cut_shapes, strict=True)
     ]
-    result = make_groups(Cut(model, graph, chosen, num_classes, example_input), critics, cut_shapes)
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    cut = Cut(model, graph, chosen, num_classes, example_input, len(shapes[output]))
+    result = make_groups(cut, critics, cut_shapes)
     _refuse_ties(result)
     return result
 
@@ -243,7 +245,7 @@ def _balance(
 
 def _head(spec: CriticSpec | None, shape: tuple[int, ...], num_classes: int, device: torch.device) -> Critic:
     if spec is None:
-        spec = "pooled_linear" if len(shape) == 3 else "linear"
+        spec = {3: "pooled_linear", 2: "token_linear"}.get(len(shape), "linear")
     if callable(spec):
         return spec(shape, num_classes).to(device)
     return critic_registry.build(spec, shape, num_classes).to(device)

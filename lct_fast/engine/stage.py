@@ -115,6 +115,11 @@ class Stage:
         self.worker.set_learning_rate(rate)
         self._forward(Packet(Kind.LEARNING_RATE, self.batch - 1, value=wire.float_bits(rate)))
 
+    def begin_sequence(self) -> None:
+        """Layers that carry state begin afresh, in all groups, behind the same batch."""
+        self.worker.begin_sequence()
+        self._forward(Packet(Kind.SEQUENCE, self.batch - 1))
+
     def flush(self) -> None:
         """Every critic learns from all feedback it is owed."""
         self._forward(Packet(Kind.FLUSH, self.batch - 1))
@@ -178,6 +183,9 @@ class Stage:
         elif packet.kind is Kind.LEARNING_RATE:
             self.worker.set_learning_rate(wire.bits_float(packet.value))
             self._forward(packet)
+        elif packet.kind is Kind.SEQUENCE:
+            self.worker.begin_sequence()
+            self._forward(packet)
         elif packet.kind is Kind.FLUSH:
             self._forward(packet)
             self._flush()
@@ -225,7 +233,7 @@ class Stage:
         worker.forget_samples()
         self._take_feedback(batch - worker.settings.feedback_delay)
         worker.learn(batch)
-        count_step(worker, batch, len(target), start)
+        count_step(worker, batch, target, start)
         self.ranks.heart.done(batch)
         self.batch += 1
         losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
@@ -313,6 +321,7 @@ class Stage:
             self.inbox.release()
 
     def _evaluated(self) -> Evaluation | None:
+        self.worker.end_evaluation()
         self._forward(Packet(Kind.EVALUATED, self.batch - 1))
         if not self.last:
             return None

@@ -176,7 +176,7 @@ class Ticks:
             updated = True
         else:
             work = train_work(worker, batch, inputs)
-            worker.took(batch, len(inputs.target), work.result)
+            worker.took(batch, inputs.target, work.result)
             updated = False
         before.release(batch, stream)
         self._send(k, cargo, work)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lct_fast import codecs
-from lct_fast.engine import auto_codec
+from lct_fast.engine import auto_codec, carried
 from lct_fast.engine.async_stage import AsyncStage
 from lct_fast.engine.asynchronous import Asynchronous
 from lct_fast.engine.auto_codec import Choice
@@ -24,7 +24,7 @@ from lct_fast.engine.lockstep import Lockstep
 from lct_fast.engine.meter import Meter
 from lct_fast.engine.ranks import Ranks
 from lct_fast.engine.sample_store import Samples
-from lct_fast.engine.schedules import Async, Plan, plan
+from lct_fast.engine.schedules import Async, Plan, check_carried, plan
 from lct_fast.engine.stage import Stage
 from lct_fast.engine.stats import Event, Stats
 from lct_fast.engine.ticks import Ticks
@@ -85,7 +85,7 @@ class Trainer:
         accumulate: batches to an update.
         clip_norm: largest gradient norm of a group, clipped group by group.
         loss: a loss of one's own, ``loss(logits, target) -> [N]``; default cross-entropy with integer labels or
-            soft labels [N, V].
+            soft labels [N, V]. Of tokens N counts all.
         ignore_index: integer label that carries no loss.
         autocast: ``torch.bfloat16`` to run layers and critics under autocast.
         compile: run each group's layers through ``torch.compile``.
@@ -159,6 +159,9 @@ class Trainer:
                 f"num_classes={num_classes}, but the model's output has {self.num_classes} classes"
             )
         planned = plan(schedule, method, len(groups), feedback_delay, replicas)
+        self.carries = bool(carried.layers(groups[0].cut.model))
+        if self.carries:
+            check_carried(planned)
         if accumulate < 1:
             raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
         if autocast not in (None, torch.bfloat16):
@@ -197,7 +200,7 @@ class Trainer:
             hybrid=self.hybrid,
             diagnose=diagnose,
         )
-        self._check = BatchCheck(self.num_classes, self.objective)
+        self._check = BatchCheck(self.num_classes, self.objective, target_dims=self.groups[0].cut.target_dims)
         count = len(self.groups)
         places = [torch.device(d) for d in devices] if devices else [_device_of(self.groups[0])]
         seed = torch.initial_seed()
@@ -270,7 +273,8 @@ class Trainer:
 
         Args:
             x: the model's input, [N, ...], floating point or token ids.
-            y: int64 labels [N], or soft labels [N, V] in floating point.
+            y: int64 labels [N]; [N, T] for a network whose output is [N, T, V], each token with a loss of its own; or
+                soft labels [N, V] in floating point.
             samples: int64 [N], each sample's number in the training set, from 0 and none twice; for a method that
                 keeps something for each.
 
@@ -408,8 +412,25 @@ class Trainer:
         for worker in self.workers:
             worker.set_learning_rate(rate)
 
+    def begin_sequence(self) -> None:
+        """Layers that carry state from batch to batch (``lct_fast.engine.carried``) begin afresh with the next one.
+
+        For the start of an epoch whose batches follow on each other. Nothing happens where no layer carries state.
+        """
+        if not self.carries:
+            return
+        if isinstance(self._run, Stage):
+            self._run.begin_sequence()
+            return
+        self.settle()
+        for worker in self.workers:
+            worker.begin_sequence()
+
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], coded: bool = False) -> Evaluation | None:
         """Loss and accuracy of every exit over ``batches`` of (x, y), in evaluation mode.
+
+        Layers that carry state begin afresh with the first batch and go on to the last; what they carry in training
+        stays as it is.
 
         What crosses the cuts is sent as it is, or ``coded`` as in training, with codecs that learn nothing meanwhile.
         Over processes, called in the first group's, the result is an event of the last group's; here it is None.
@@ -423,13 +444,17 @@ class Trainer:
             return result
         self.settle()
         scores = torch.zeros(len(self.workers), 4, dtype=torch.float64)
-        for x, y in batches:
-            h = x
-            for k, worker in enumerate(self.workers):
-                h, score = worker.evaluate(worker.place(h), y.to(worker.device))
-                scores[k] += score.cpu()
-                if coded and worker.encoder is not None:
-                    h = self.workers[k + 1].decode(worker.encoder.encode(h, learn=False))
+        try:
+            for x, y in batches:
+                h = x
+                for k, worker in enumerate(self.workers):
+                    h, score = worker.evaluate(worker.place(h), y.to(worker.device))
+                    scores[k] += score.cpu()
+                    if coded and worker.encoder is not None:
+                        h = self.workers[k + 1].decode(worker.encoder.encode(h, learn=False))
+        finally:
+            for worker in self.workers:
+                worker.end_evaluation()
         for worker in self.workers:
             worker.group.train()
         return summed(scores)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lct_fast import codecs
 from lct_fast.codecs import Codec, Encoded
+from lct_fast.engine import carried
 from lct_fast.engine.diagnosis import Diagnosis
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
 from lct_fast.engine.exits import score
@@ -143,6 +144,7 @@ class Worker:
         gated = device.type == "cuda" and self.replicas.count == 1
         self.gate = Gate(index, device) if gated else None
         self.eager_because: str | None = None
+        self._evaluating = False
 
     def set_codecs(self, decoder: str | None, encoder: str | None) -> None:
         """The specs of what comes and of what leaves; None where nothing does."""
@@ -220,7 +222,7 @@ class Worker:
         """
         self.check()
         result = self.compute(batch, h, target, refused, samples=samples)
-        self.took(batch, len(h), result)
+        self.took(batch, target, result)
         return result
 
     def check(self, late: int = LATE) -> None:
@@ -228,9 +230,9 @@ class Worker:
         if self.gate is not None:
             self.gate.check(late)
 
-    def took(self, batch: int, samples: int, result: LocalStep) -> None:
+    def took(self, batch: int, target: Tensor, result: LocalStep) -> None:
         """What the host keeps of a batch that ``compute`` has been through."""
-        self.meter.samples += samples
+        self.meter.samples += self.settings.objective.rows(target)
         if result.slot is not None and self.wants(batch):
             self.pending.append(Pending(batch, result.slot))
         if self.gate is not None:
@@ -414,14 +416,29 @@ class Worker:
         with torch.no_grad(), self.meter.span("forward"), self.autocast():
             return self.group.layers(h)
 
+    def begin_sequence(self) -> None:
+        """Layers that carry state from batch to batch begin afresh with the next one."""
+        carried.begin_sequence([self.group])
+
     def evaluate(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """h_k and the exit's ``score`` on these samples, zeros without an exit; in evaluation mode."""
+        """h_k and the exit's ``score`` on these samples, zeros without an exit; in evaluation mode.
+
+        Layers that carry state begin afresh, and go on from batch to batch until ``end_evaluation``.
+        """
+        if not self._evaluating:
+            carried.go_on([self.group], True)
+            self._evaluating = True
         self.group.eval()
         with torch.no_grad():
             h = self.group.layers(h)
             if not self.group.has_exit:
                 return h, torch.zeros(4, dtype=torch.float64, device=self.device)
             return h, score(self.group.critic(h).float(), target, self.settings.objective)
+
+    def end_evaluation(self) -> None:
+        """What follows is another evaluation, or training."""
+        carried.go_on([self.group], False)
+        self._evaluating = False
 
     def set_learning_rate(self, rate: float) -> None:
         """The learning rate of the group's optimiser from now on; critics keep theirs."""

@@ -55,6 +55,10 @@ class Objective:
             return torch.full((), len(target), dtype=torch.int64, device=target.device)
         return (target != self.ignore_index).sum()
 
+    def rows(self, target: Tensor) -> int:
+        """Rows of ``target``: its samples, or where each has tokens with labels of their own, all of these."""
+        return len(target) if target.is_floating_point() else target.numel()
+
     def __call__(
         self,
         head: nn.Linear | None,
@@ -68,9 +72,11 @@ class Objective:
     ) -> HeadStep:
         """Loss and gradients at ``u`` [N, D], the head's pre-activation input (detached by the caller).
 
+        Where samples have tokens, rows are all tokens of all samples and integer targets may come as [samples, tokens].
         ``scale`` is the factor of the mean; it reaches ``du``, ``dweight`` and ``dbias`` but not ``dlogits``. Without
         ``each_row`` the loss need only be right on average.
         """
+        target = _flat(target, u)
         if head is not None and self.loss is None and not target.is_floating_point():
             if head.out_features >= LARGE:
                 return self._of_a_vocabulary(
@@ -127,6 +133,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor | None]:
         """As ``critic_head_wgrad`` for a vocabulary of classes: made again from ``u``, by the head as it is now."""
         parameters = [p.detach().requires_grad_() for p in head.parameters()]
+        target = _flat(target, u)
         with torch.enable_grad():
             loss = self._vocabulary_loss(u, parameters, target, activation, "none")
             dweight, *dbias = torch.autograd.grad(loss, parameters, row_scale.to(loss.dtype))
@@ -162,7 +169,8 @@ class Objective:
         )
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Loss [N] of logits [N, V], differentiable."""
+        """Loss [N] of logits [N, V], differentiable; of logits [N, T, V] and integer targets [N, T], [N * T]."""
+        logits, target = flat(logits, target)
         if self.loss is None:
             return F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore_index)
         loss = self.loss(logits, target)
@@ -196,3 +204,15 @@ class Objective:
         if activation == "relu":
             du = du * (u > 0)
         return HeadStep(loss, dlogits, du.to(u.dtype), dweight, dbias)
+
+
+def flat(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [R, V] and labels [R] of all tokens, given those of samples [N, T, V] and [N, T]; others as they are."""
+    tokens = not target.is_floating_point() and target.dim() > 1 and logits.shape[:-1] == target.shape
+    return (logits.flatten(0, -2), target.flatten()) if tokens else (logits, _flat(target, logits))
+
+
+def _flat(target: Tensor, u: Tensor) -> Tensor:
+    """Integer labels of tokens as the rows of ``u``, if that is what they are."""
+    tokens = not target.is_floating_point() and target.dim() > 1 and u.dim() == 2 and target.numel() == len(u)
+    return target.flatten() if tokens else target

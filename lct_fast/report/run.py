@@ -76,7 +76,12 @@ class Run:
         return curves if _drawable(curves) else self.curves("test_accuracy")
 
     def loss_curves(self) -> LossCurves:
-        """Test loss over epochs; train loss where there is none; before the first epoch the intervals'."""
+        """Test loss over epochs, of a text in bits; train loss where there is none; before the first epoch the
+        intervals'.
+        """
+        bits = self.curves("exit_bits_per_character")
+        if _drawable(bits):
+            return LossCurves("test bits per character", "epoch", bits)
         test, train = self.curves("test_loss"), self.curves("train_loss")
         if _drawable(test):
             return LossCurves("test loss", "epoch", test)

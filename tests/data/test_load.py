@@ -13,9 +13,9 @@ def digits() -> ImageData:
 
 
 def test_names_all_have_a_form_that_load_knows() -> None:
-    assert data.names() == ["digits", "cifar10", "cifar100", "images"]
+    assert data.names() == ["digits", "cifar10", "cifar100", "images", "text"]
     for name in data.names()[1:]:
-        with pytest.raises(data.DataError, match=f"expected {name}:PATH.*say where"):
+        with pytest.raises(data.DataError, match=f"expected {name}:(PATH|FILE).*say where"):
             data.load(name)
 
 
