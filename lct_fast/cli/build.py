@@ -105,12 +105,14 @@ class Facts:
     """What the model and the run need to know of the data; only the first group's process holds the data itself.
 
     ``shape`` is an image's, [channels, height, width], or a text window's, [characters]. ``per_epoch``: batches.
+    ``samples``: of the training set, None of a text.
     """
 
     name: str
     classes: int
     shape: tuple[int, ...]
     per_epoch: int
+    samples: int | None
     text: bool = False
 
 
@@ -126,12 +128,16 @@ def facts(config: Config, images: ImageData | TextData) -> Facts:
         per_epoch = len(training_batches(config, images, cpu))
         # Refused now if it is too short.
         test_batches(config, images, cpu)
-        return Facts(images.name, len(images.vocabulary), (_window(config),), per_epoch, text=True)
+        return Facts(images.name, len(images.vocabulary), (_window(config),), per_epoch, None, text=True)
     count = len(images.train_labels)
     if count < config.batch_size:
         raise ConfigError(f"batch_size {config.batch_size} is larger than the {count} training images")
     return Facts(
-        images.name, len(images.classes), tuple(images.train_images.shape[1:]), count // config.batch_size
+        images.name,
+        len(images.classes),
+        tuple(images.train_images.shape[1:]),
+        count // config.batch_size,
+        count,
     )
 
 

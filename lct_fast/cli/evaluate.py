@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from lct_fast.cli import build
 from lct_fast.cli.config import ConfigError
 from lct_fast.cli.load_run import load_run
 from lct_fast.cli.recorder import bits_per_character
-from lct_fast.data import TextData
+from lct_fast.data import ImageData, TextData
 from lct_fast.engine.exits import accuracy, collect, ensemble, progressive
 from lct_fast.engine.structures import Structure, progressive_macs, structures
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     logits, labels = collect(trained.trainer.groups, ((x, y) for _, x, y in test.epoch(0)))
     if args.table:
         found = structures(trained.trainer.groups, logits, labels, args.latency_batch)
-        _print_table(found, args, len(labels), trained.images.name)
+        _print_table(found, args, _of(trained.images, labels))
         return 0
     result: dict[str, Any] = {}
     for name in wanted:
@@ -63,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"samples": len(labels), "results": result}))
         return 0
-    what = "characters" if isinstance(trained.images, TextData) else "images"
-    print(f"{trained.images.name}, {len(labels)} test {what}")
+    print(_of(trained.images, labels))
     for name, row in result.items():
         leaving = (
             "  leaving at each exit: "
@@ -78,14 +78,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(found: list[Structure], args: argparse.Namespace, samples: int, data: str) -> None:
+def _of(data: ImageData | TextData, labels: Tensor) -> str:
+    return f"{data.name}, {len(labels)} test {'characters' if isinstance(data, TextData) else 'images'}"
+
+
+def _print_table(found: list[Structure], args: argparse.Namespace, data: str) -> None:
     if args.json:
         rows = [dataclasses.asdict(s) for s in found]
-        print(json.dumps({"samples": samples, "latency_batch": args.latency_batch, "structures": rows}))
+        print(json.dumps({"data": data, "latency_batch": args.latency_batch, "structures": rows}))
         return
-    print(
-        f"{data}, {samples} test images; latency of a batch of {args.latency_batch}, 20th to 80th percentile"
-    )
+    print(f"{data}; latency of a batch of {args.latency_batch}, 20th to 80th percentile")
     print(table(found))
 
 

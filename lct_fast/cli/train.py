@@ -96,7 +96,7 @@ def train(
     per_epoch = facts.per_epoch
     steps = build.total_steps(config, per_epoch)
     config.serial_block = build.serial_block(config, per_epoch)
-    trainer = build.build_trainer(config, groups, devices, steps, facts.train_images, folder.path / "lambda")
+    trainer = build.build_trainer(config, groups, devices, steps, facts.samples, folder.path / "lambda")
     if "auto" in config.codec:
         # A resumed run keeps what was chosen.
         config.codec = trainer.wires or ["none"]

@@ -57,9 +57,9 @@ def structures(
     x = groups[0].cut.example[:1]
     x = x.expand(rows, *x.shape[1:]).contiguous()
     found = []
-    for k, z in enumerate(logits, 1):
+    for (k, _), z in zip(_exits(groups), logits, strict=True):
         module = exit_module(list(groups), k)
-        cost = macs(module, tuple(x.shape[1:]))
+        cost = macs(module, tuple(x.shape[1:]), x.dtype)
         found.append(Structure(k, accuracy(z, labels), parameter_count(module), cost, latency(module, x)))
     return found
 
@@ -119,11 +119,16 @@ def smallest(
 
 def progressive_macs(groups: Sequence[Group], result: Progressive) -> float:
     """MACs a sample takes on average in progressive inference, the heads it passes on its way included."""
-    shape = tuple(groups[0].cut.example.shape[1:])
+    example = groups[0].cut.example
     passed, total = 0, 0.0
-    for k, (group, share) in enumerate(zip(groups, result.leaving, strict=True), 1):
-        cost = passed + macs(exit_module(list(groups), k), shape)
+    for (k, group), share in zip(_exits(groups), result.leaving, strict=True):
+        cost = passed + macs(exit_module(list(groups), k), tuple(example.shape[1:]), example.dtype)
         total += share * cost
         # The head of an exit that was not taken is paid for all the same.
         passed += 0 if group.last else macs(group.critic, group.shape)
     return total
+
+
+def _exits(groups: Sequence[Group]) -> list[tuple[int, Group]]:
+    """Groups that have a head, with their numbers."""
+    return [(k, group) for k, group in enumerate(groups, 1) if group.has_exit]

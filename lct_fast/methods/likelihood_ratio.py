@@ -70,7 +70,7 @@ class LikelihoodRatio(Method):
     """
 
     name = "likelihood-ratio"
-    joint_optimizer = False
+    uses_critics = False
     asks_behind = True
 
     def __init__(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
+def macs(module: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
     """Multiply-accumulates of one sample's forward pass: convolutions, linear layers, matrix products.
 
     Norms, activations, pooling and biases are not counted. The pass runs on the meta device with the module's
@@ -17,6 +17,7 @@ def macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
     Args:
         module: any module that runs on the meta device (no branching on tensor values).
         input_shape: shape of its input without the batch, e.g. (3, 32, 32).
+        dtype: of its input; by default that of its parameters.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,8 +25,8 @@ def macs(module: nn.Module, input_shape: tuple[int, ...]) -> int:
     rows = 2
     tensors = dict(chain(module.named_parameters(), module.named_buffers()))
     ghosts = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    x = torch.empty(rows, *input_shape, dtype=dtype, device="meta")
+    dtype = dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    x = torch.zeros(rows, *input_shape, dtype=dtype, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(module, ghosts, (x,))
     flops: int = counter.get_total_flops()
