@@ -69,7 +69,7 @@ def training_batches(config: Config, images: ImageData, device: torch.device) ->
 
 def _augmented(config: Config) -> Callable[[int], bool] | None:
     """Stored inputs belong to images as they are: with them only serial batches are augmented."""
-    if config.method not in LAYER_PARALLEL:
+    if config.method not in LAYER_PARALLEL or config.auxiliary:
         return None
     schedule = _schedule(config, 0)
     return schedule.is_serial if isinstance(schedule, Hybrid) else lambda batch: False
@@ -191,7 +191,7 @@ def _method(config: Config) -> Method:
     if config.method == LocalCritic.name:
         return LocalCritic(config.critic_every, config.critic_loss, partial(_critic_optimizer, config))
     if config.method in LAYER_PARALLEL:
-        return LayerParallel(config.method.replace("-", "_"), config.beta, config.eta)
+        return LayerParallel(config.method.replace("-", "_"), config.beta, config.eta, config.auxiliary)
     return METHODS[config.method]()
 
 
