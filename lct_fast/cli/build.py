@@ -74,7 +74,7 @@ def training_batches(config: Config, images: ImageData | TextData, device: torch
 
 def _augmented(config: Config) -> Callable[[int], bool] | None:
     """Stored inputs belong to images as they are: with them only serial batches are augmented."""
-    if config.method not in LAYER_PARALLEL:
+    if config.method not in LAYER_PARALLEL or config.auxiliary:
         return None
     schedule = _schedule(config, 0)
     return schedule.is_serial if isinstance(schedule, Hybrid) else lambda batch: False
@@ -228,7 +228,7 @@ def _method(config: Config) -> Method:
             target=config.critic_target,
         )
     if config.method in LAYER_PARALLEL:
-        return LayerParallel(config.method.replace("-", "_"), config.beta, config.eta)
+        return LayerParallel(config.method.replace("-", "_"), config.beta, config.eta, config.auxiliary)
     if config.method == LikelihoodRatio.name:
         return likelihood_ratio(config)
     return METHODS[config.method]()

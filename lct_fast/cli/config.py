@@ -67,6 +67,7 @@ class Config:
     critic_lr: float = _option(None, "the critics' Adam learning rate (local-critic)")
     beta: float = _option(None, "weight of the penalty (penalty, augmented-lagrangian)")
     eta: float | None = _option(None, "step of lambda (penalty, augmented-lagrangian); default 0.2 / beta")
+    auxiliary: bool = _option(False, "a small net foretells lambda in place of a store (penalty)")
     lambda_store: str = _option(
         "memory", "where lambda is kept: in the device's memory, or in files of the run folder", LAMBDA_STORES
     )
@@ -369,17 +370,21 @@ def _check_serial(config: Config) -> None:
 
 def _check_layer_parallel(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     if config.method not in LAYER_PARALLEL:
-        for key in ("eta", "lambda_store", "lambda_codec"):
+        for key in ("eta", "auxiliary", "lambda_store", "lambda_codec"):
             if getattr(config, key) != known[key].default:
                 raise ConfigError(
                     f"{key}: is for {' and '.join(LAYER_PARALLEL)}, this run's method is {config.method}"
                 )
         return
     try:
-        LayerParallel(config.method.replace("-", "_"), config.beta, config.eta)
+        LayerParallel(config.method.replace("-", "_"), config.beta, config.eta, config.auxiliary)
         codecs.build(config.lambda_codec)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if config.auxiliary and (config.lambda_store, config.lambda_codec) != ("memory", "none"):
+        raise ConfigError(
+            "auxiliary: nets take the place of a store; leave out --lambda-store and --lambda-codec"
+        )
     if config.replicas > 1:
         raise ConfigError(
             f"replicas: {config.method} keeps a state for each sample, which they do not share; use 1"

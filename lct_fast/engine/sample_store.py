@@ -18,7 +18,7 @@ from lct_fast.methods import Method, SampleState
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Which samples a batch holds, checked.
+    """Which samples a batch holds, checked; what a group finds its state by.
 
     Args:
         method: of the run. count: samples of the training set; None where nobody said.
@@ -27,14 +27,19 @@ class Samples:
     method: Method
     count: int | None
 
-    def check(self, samples: Tensor | None, rows: int) -> Tensor | None:
-        """The samples of a batch of ``rows``; None where the method keeps nothing for them.
+    def check(self, samples: Tensor | None, x: Tensor) -> Tensor | None:
+        """The samples of the batch ``x``; None where the method keeps nothing for them.
+
+        With auxiliary nets a copy of ``x`` itself, which the caller may write over while groups still need it.
 
         Raises:
-            ValueError: they are missing, or not ``rows`` different numbers in the training set.
+            ValueError: they are missing, or not different numbers in the training set, one a row of ``x``.
         """
+        rows = len(x)
         if not self.method.sample_state:
             return None
+        if self.method.auxiliary:
+            return x.clone()
         if self.count is None:
             raise ValueError(
                 f"{self.method.name} keeps a state for each training sample: say how many there are with "

@@ -228,7 +228,9 @@ class Trainer:
         ends = [None, *self.wires, None]
         for worker in self.workers:
             worker.set_codecs(ends[worker.index], ends[worker.index + 1])
-            if samples is not None:
+            if method.auxiliary:
+                worker.set_predictor(seed)
+            elif samples is not None:
                 worker.set_store(samples, sample_codec, sample_folder)
         self._run = self._runner(planned, graphs, seed)
         if graphs and not isinstance(self._run, Ticks):
@@ -295,7 +297,7 @@ class Trainer:
             y, refused = self._check(x, y, self.batch)
         else:
             y, refused = self._check(x, y, self.batch, at_once=True)
-        samples = self._samples.check(samples, len(x))
+        samples = self._samples.check(samples, x)
         if self.hybrid is not None:
             self.hybrid.check_rows(len(x))
         start = time.perf_counter()

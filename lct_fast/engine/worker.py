@@ -23,6 +23,7 @@ from lct_fast.engine.gate import LATE, Gate, restore
 from lct_fast.engine.group import Group
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.meter import GroupMeter
+from lct_fast.engine.predictor import Predictor
 from lct_fast.engine.random_stream import RandomStream
 from lct_fast.engine.replicas import Replicas
 from lct_fast.engine.sample_store import SampleStore
@@ -89,7 +90,7 @@ class Worker:
         owed: losses [N] of the latest ``feedback_delay`` batches that the group before learns from, oldest first.
         meter: the group's own.
         kept: what a schedule has beside it that a checkpoint keeps with the group.
-        store: what the method keeps for every training sample; None where it keeps nothing.
+        store: what the method keeps for every training sample, or what foretells that; None where there is nothing.
         gate: finds NaN and Inf on a device; None on the host, where it is seen at once.
         diagnosis: reads the gradients of some updates; None if nobody asked.
         eager_because: why the group does not run as CUDA graphs; None if it does, or nobody asked.
@@ -138,7 +139,7 @@ class Worker:
                 list(part), settings.diagnose, settings.accumulate, settings.hybrid, self.meter
             )
         self.kept: Stateful | None = None
-        self.store: SampleStore | None = None
+        self.store: SampleStore | Predictor | None = None
         self._behind: Callable[[Tensor, Tensor], Tensor] | None = None
         # One replica alone must not leave out an update: with several the host looks, as it does for the CPU.
         gated = device.type == "cuda" and self.replicas.count == 1
@@ -159,6 +160,13 @@ class Worker:
         if names and not self.last:
             file = None if folder is None else folder / f"group-{self.index + 1}"
             self.store = self.kept = SampleStore(names, samples, self.group.shape, codec, self.device, file)
+
+    def set_predictor(self, seed: int) -> None:
+        """Makes the net that foretells what the method would keep for each sample; ``seed`` is the run's."""
+        if not self.last:
+            source = tuple(self.group.cut.example.shape[1:])
+            method, own = self.settings.method, seed % 2**31 + 7919 * (self.index + 1)
+            self.store = self.kept = Predictor(method, source, self.group.shape, self.device, own)
 
     def forget_samples(self) -> None:
         """Gives up what is kept for samples: the weights have moved on without it."""
@@ -215,7 +223,8 @@ class Worker:
             h: h_{k-1} [N, ...], on the group's device.
             target: as in ``Trainer.step``, on the group's device.
             refused: 0-dim, 1 where the batch must leave no trace; on the group's device.
-            samples: int64 [N], numbers of the samples in the training set, where the method keeps something for them.
+            samples: where the method keeps something for them, their numbers in the training set, int64 [N]; with
+                auxiliary nets the network's input [N, ...].
 
         Raises:
             NonFiniteError, OutOfMemoryError: they name the group; nothing was updated.
@@ -489,7 +498,7 @@ class Worker:
             else:
                 self._keep(pending, self.store)
 
-    def _keep(self, pending: Pending, store: SampleStore) -> None:
+    def _keep(self, pending: Pending, store: SampleStore | Predictor) -> None:
         """What is kept for the samples of a batch, now that the next group has answered."""
         slot, back = pending.slot, pending.next_loss
         assert slot.samples is not None and back is not None

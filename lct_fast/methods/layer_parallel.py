@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lct_fast import ops
+from lct_fast.methods.auxiliary import AuxiliaryNet
 from lct_fast.methods.method import (
     GroupLike,
     LocalStep,
@@ -52,6 +53,10 @@ class LayerParallel(Method):
         eta: step of lambda; default 0.2 / beta. Stable while eta beta (1 + |J|^2) < 2, with J the derivative of the
             next group, which nobody knows beforehand. Without J, eta beta must be below 2, with multipliers below 4/3;
             that is refused here.
+        auxiliary: a small net foretells lambda from the network's input in place of a store, and takes a step towards
+            each new lambda (arXiv 2112.05387). So inputs may be augmented. For "penalty" alone.
+        auxiliary_warm_up: batches that each such net learns from first, as also after every serial block; until then
+            lambda comes from a forward pass.
 
     Raises:
         ValueError: an argument out of range, in one line.
@@ -60,7 +65,14 @@ class LayerParallel(Method):
     uses_feedback = True
     uses_critics = False
 
-    def __init__(self, kind: str = "penalty", beta: float = 0.01, eta: float | None = None) -> None:
+    def __init__(
+        self,
+        kind: str = "penalty",
+        beta: float = 0.01,
+        eta: float | None = None,
+        auxiliary: bool = False,
+        auxiliary_warm_up: int = 50,
+    ) -> None:
         if kind not in NAMES:
             raise ValueError(f"kind: expected penalty or augmented_lagrangian, got {kind!r}")
         if not 0 < beta < float("inf"):
@@ -69,12 +81,22 @@ class LayerParallel(Method):
         if not 0 < eta < float("inf"):
             raise ValueError(f"eta: expected a positive number, got {eta}")
         _check_step(kind, beta, eta)
+        if auxiliary and kind != "penalty":
+            raise ValueError(
+                "auxiliary nets foretell lambda, not multipliers: use them with the penalty method"
+            )
+        if auxiliary_warm_up < 1:
+            raise ValueError(f"auxiliary_warm_up: expected a number of batches >= 1, got {auxiliary_warm_up}")
+        self.auxiliary, self.auxiliary_warm_up = auxiliary, auxiliary_warm_up
         self.kind, self.beta, self.eta = kind, beta, eta
         self.name = NAMES[kind]
         self.sample_state = ("lambda",) if kind == "penalty" else ("lambda", "kappa")
 
     def wants_feedback(self, update: int) -> bool:
         return True
+
+    def auxiliary_net(self, source: tuple[int, ...], shape: tuple[int, ...]) -> nn.Module:
+        return AuxiliaryNet(source, shape)
 
     def sample_step(
         self,

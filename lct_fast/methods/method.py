@@ -114,6 +114,11 @@ class Method:
     # Names of what every group but the last keeps for each training sample, in the shape of its output; where there
     # are any, the engine calls ``sample_step`` and ``late_state`` in place of ``local_step`` and ``critic_step``.
     sample_state: tuple[str, ...] = ()
+    # A net foretells that from the network's input in place of a store, once it has learned from ``auxiliary_warm_up``
+    # batches; the rate is its Adam's.
+    auxiliary = False
+    auxiliary_warm_up = 0
+    auxiliary_rate = 1e-3
     # The critic's parameters belong to the group's optimiser.
     joint_optimizer = True
     # A group's step asks for the network's loss of outputs of its own making, ``behind(h_k [M, ...], target) -> [M]``
@@ -170,6 +175,10 @@ class Method:
         ``answers``: whether there is a group before, which gets ``back``.
         """
         raise TypeError(f"{type(self).__name__} keeps nothing for samples")
+
+    def auxiliary_net(self, source: tuple[int, ...], shape: tuple[int, ...]) -> nn.Module:
+        """A net from the network's input to what is kept for a sample; shapes are without the batch."""
+        raise TypeError(f"{type(self).__name__} has no auxiliary nets")
 
     def late_state(self, slot: Slot, back: Tensor) -> dict[str, Tensor]:
         """What is kept for the slot's samples from now on, by name, given what came back from the next group."""

@@ -51,6 +51,11 @@ def test_defaults_and_options() -> None:
             {"method": "greedy", "lambda_codec": "int8"},
             "lambda_codec: is for penalty and augmented-lagrangian",
         ),
+        ({"method": "augmented-lagrangian", "auxiliary": True}, "use them with the penalty method"),
+        (
+            {"method": "penalty", "auxiliary": True, "lambda_store": "disk"},
+            "auxiliary: nets take the place of a store",
+        ),
         ({"method": "greedy", "eta": 1.0}, "eta: is for penalty and augmented-lagrangian"),
         ({"method": "penalty", "schedule": "async"}, "penalty has no async schedule"),
         (
@@ -109,12 +114,14 @@ def test_only_serial_batches_are_augmented() -> None:
             assert torch.equal(x, other) != augmented and torch.equal(y, labels)
             samples = made.samples(epoch, index)
             assert torch.equal(images.train_labels[samples], y)
-    # Without serial batches none are; for other methods all are.
+    # Without serial batches none are; with auxiliary nets, and for other methods, all are.
     never = build.training_batches(resolve(options | {"serial": 0.0}), images, torch.device("cpu"))
     always = build.training_batches(
         resolve(options | {"serial": 0.0, "method": "greedy"}), images, torch.device("cpu")
     )
     assert torch.equal(next(never.epoch(1))[1], next(plain.epoch(1))[1])
+    auxiliary = build.training_batches(resolve(options | {"auxiliary": True}), images, torch.device("cpu"))
+    assert torch.equal(next(auxiliary.epoch(0))[1], next(always.epoch(0))[1])
     assert not torch.equal(next(always.epoch(0))[1], next(plain.epoch(0))[1])
 
 

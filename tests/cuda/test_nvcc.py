@@ -16,6 +16,7 @@ SOURCES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 # search: 128 threads and, by the width that stays in registers, 9, 6, 5 and 3 blocks; deep_kernel 3.
 REGISTERS = {
     "block_quantize": {"15quantize_kernel": 32, "dequantize_kernel": 32},
+    "consensus": {"adjoint_kernel": 32, "update_kernel": 32},
     "critic_head": {"head_kernel": 128, "wgrad_kernel": 128, "fold_kernel": 32},
     "perturb": {"noise_kernel": 40},
     "vq": {"fold_kernel": 48},

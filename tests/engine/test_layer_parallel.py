@@ -216,14 +216,14 @@ def test_a_checkpoint_of_another_kind_or_codec_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("schedule", ["lockstep", "pipelined"])
 def test_serial_blocks_give_the_state_up(schedule: str) -> None:
-    hybrid = lct.Hybrid(serial=0.5, schedule=schedule, block=3)
-    run, batches = trainer(schedule=hybrid, feedback_delay=1), stream()
-    train(run, batches[:3])
+    hybrid = lct.Hybrid(serial=0.25, schedule=schedule, block=3)
+    run, batches = trainer(schedule=hybrid), stream(5)
+    train(run, batches[:9])
     assert all(w.store.known.any() for w in run.workers if w.store is not None)
-    # Answers to batches before the block come during it: they are of the era before.
-    train(run, batches[3:6])
+    # The answers to the last batches before the block come during it: they are of the era before.
+    train(run, batches[9:12])
     assert not any(w.store.known.any() for w in run.workers if w.store is not None)
-    (stats,) = train(run, batches[6:7])
+    (stats,) = train(run, batches[12:13])
     # Every sample starts from a forward pass again: no group but the last has anything to learn from.
     assert stats.losses[:-1].tolist() == [0.0, 0.0] and stats.losses[-1] > 0
 

@@ -136,11 +136,12 @@ CHECKED = Samples(lct.LayerParallel(), 20)
 )
 def test_samples_that_do_not_fit(samples: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CHECKED.check(samples, 3)
+        CHECKED.check(samples, torch.zeros(3, 2))
 
 
 def test_samples_are_asked_for_only_where_something_is_kept() -> None:
-    assert Samples(lct.Greedy(), None).check(None, 3) is None
-    assert CHECKED.check(torch.tensor([4, 0, 19]), 3) is not None
+    x = torch.zeros(3, 2)
+    assert Samples(lct.Greedy(), None).check(None, x) is None
+    assert CHECKED.check(torch.tensor([4, 0, 19]), x) is not None
     with pytest.raises(ValueError, match=r"say how many there are with Trainer\(..., samples=N\)"):
-        Samples(lct.LayerParallel(), None).check(torch.tensor([1]), 1)
+        Samples(lct.LayerParallel(), None).check(torch.tensor([1]), x[:1])
