@@ -334,6 +334,18 @@ def test_a_large_vocabulary_and_a_loss_of_one_s_own(
             torch.testing.assert_close(other["weights"][name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_a_transformer_may_take_batches_in_any_order(threads: None) -> None:
+    trainer = make("transformer", 2, lct.Greedy(), lct.Async(6, buffer=2))
+    batches = windows()
+    while not trainer.finished:
+        trainer.step(*batches[trainer.batch % BATCHES])
+    trainer.flush()
+    result = trainer.evaluate(batches)
+    assert result is not None and result.samples == BATCHES * ROWS * WINDOW
+    assert trainer.meter.replay()["updates"] == [6, 6]
+    assert trainer.meter.samples == 6 * ROWS * WINDOW
+
+
 def test_refusals(threads: None) -> None:
     with pytest.raises(ValueError, match="recurrent layers go on from the batch before, and schedule async"):
         make("lstm", 2, lct.Greedy(), lct.Async(4))
