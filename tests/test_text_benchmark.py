@@ -86,3 +86,19 @@ def test_python_in_the_docs_runs(tmp_path: Path, threads: None) -> None:
     names: dict[str, Any] = {"FILE": str(file)}
     exec(compile(block, "docs/text.md", "exec"), names)
     assert names["trainer"].batch == 2
+
+
+def test_the_table_in_the_docs_is_that_of_the_file() -> None:
+    loaded = json.loads((ROOT / "benchmarks/results/text.json").read_text())
+    lines = (ROOT / "docs/text.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    found = [row for row in rows if row[1] in (*text.METHODS, *text.CRITICS)]
+    assert found == [_docs_row(row) for row in loaded["table"]]
+    assert loaded["table"] == text.table(loaded["runs"])
+
+
+def _docs_row(row: dict[str, Any]) -> list[str]:
+    *before, last = (f"{bits:.3f}" for bits in row["exit_bits_per_character"])
+    above = "" if row["method"] == "backprop" else f"{row['above_backprop']:+.3f}"
+    kind = row["model"].partition(":")[0].removeprefix("char_")
+    return [kind, row["method"], str(row["groups"]), str(row["steps"]), last, above, " ".join(before)]
