@@ -4,9 +4,10 @@
 
 A stacked LSTM of 4 layers in 2 and in 4 groups, at two lengths (``--steps`` and three times as many, each with a
 learning-rate schedule of its own), in 4 groups also at six times; with other critics at the shortest, and there a
-transformer of 4 blocks in 4 groups. Every run by `lct-fast train` in one process of one thread; one that is in the file is not repeated. Bits per
-character are those of the last tenth of the text, the state carried through it; curves are of training, means over
-intervals. Times mean something where `foreign_cpu_share`, what other programs took of the machine meanwhile, is small.
+transformer of 4 blocks in 4 groups. Every run by `lct-fast train` in one process of one thread; one that is in the file
+is not repeated. Bits per character are those of the last tenth of the text, the state carried through it; curves are of
+training, means over intervals. Times mean something where `foreign_cpu_share`, what other programs took of the machine
+meanwhile, is small.
 """
 
 from __future__ import annotations
