@@ -102,3 +102,18 @@ def _docs_row(row: dict[str, Any]) -> list[str]:
     above = "" if row["method"] == "backprop" else f"{row['above_backprop']:+.3f}"
     kind = row["model"].partition(":")[0].removeprefix("char_")
     return [kind, row["method"], str(row["groups"]), str(row["steps"]), last, above, " ".join(before)]
+
+
+def test_the_table_in_the_readme_is_that_of_the_file() -> None:
+    table = json.loads((ROOT / "benchmarks/results/text.json").read_text())["table"]
+    readme = (ROOT / "README.md").read_text()
+    part = readme[readme.index("benchmarks/results/text.json") :].split("\n|---", 1)[1].split("\n\n", 1)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[1:]]
+    assert [row[0] for row in rows] == list(text.METHODS)
+    for method, *cells in rows:
+        bits = [
+            r["exit_bits_per_character"][-1]
+            for r in table
+            if r["method"] == method and r["model"] == text.LSTM and r["groups"] in (1, 4)
+        ]
+        assert cells == [f"{b:.3f}" for b in bits], method
