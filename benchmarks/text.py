@@ -3,10 +3,11 @@
     python -m benchmarks.text --data tinyshakespeare.txt --out benchmarks/results/text.json [--steps 500]
 
 A stacked LSTM of 4 layers in 2 and in 4 groups, at two lengths (``--steps`` and three times as many, each with a
-learning-rate schedule of its own), with other critics at the shorter one; and there a transformer of 4 blocks in 4
-groups. Every run by `lct-fast train` in one process of one thread; one that is in the file is not repeated. Bits per
-character are those of the last tenth of the text, the state carried through it; curves are of training, means over
-intervals. Times mean something where `foreign_cpu_share`, what other programs took of the machine meanwhile, is small.
+learning-rate schedule of its own), in 4 groups also at six times; with other critics at the shortest, and there a
+transformer of 4 blocks in 4 groups. Every run by `lct-fast train` in one process of one thread; one that is in the file
+is not repeated. Bits per character are those of the last tenth of the text, the state carried through it; curves are of
+training, means over intervals. Times mean something where `foreign_cpu_share`, what other programs took of the machine
+meanwhile, is small.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CRITICS: dict[str, tuple[str, ...]] = {
     "local-critic l1, critic lr 1e-2": (*_L1, "0.01"),
     "local-critic one_sided, critic lr 5e-4": (*_ONE_SIDED, "0.0005"),
 }
-LONGER = 3
+LONGER, LONGEST = 3, 6
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def runs(steps: int) -> list[Run]:
             critic = ("--critic", "token_linear:norm=layer")
             found += [Run(TRANSFORMER, m, 4, steps, (*critic, *options)) for m, options in METHODS.items()]
     found += [Run(LSTM, m, 4, steps, (*LSTM_OPTIONS, *options)) for m, options in CRITICS.items()]
+    found += [Run(LSTM, m, 4, LONGEST * steps, (*LSTM_OPTIONS, *o)) for m, o in METHODS.items()]
     return found
 
 

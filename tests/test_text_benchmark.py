@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_every_run_is_one_that_the_command_line_takes() -> None:
     for r in runs:
         if r.model == text.LSTM:
             steps[r.method, r.groups].add(r.steps)
-    assert all(steps[m, 4] == {400, 1200} for m in text.METHODS)
+    assert all(steps[m, 4] == {400, 1200, 2400} for m in text.METHODS)
     assert all(steps[m, 2] == {400, 1200} for m in text.METHODS if m != "backprop")
 
 
@@ -76,3 +77,43 @@ def test_points_of_a_curve_are_bits() -> None:
         "step": 50,
         "bits": [1.0, pytest.approx(3.0)],
     }
+
+
+def test_python_in_the_docs_runs(tmp_path: Path, threads: None) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/text.md").read_text(), re.S)
+    file = tmp_path / "made.txt"
+    file.write_text("to be or not to be, that is the question\n" * 60)
+    names: dict[str, Any] = {"FILE": str(file)}
+    exec(compile(block, "docs/text.md", "exec"), names)
+    assert names["trainer"].batch == 2
+
+
+def test_the_table_in_the_docs_is_that_of_the_file() -> None:
+    loaded = json.loads((ROOT / "benchmarks/results/text.json").read_text())
+    lines = (ROOT / "docs/text.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    found = [row for row in rows if row[1] in (*text.METHODS, *text.CRITICS)]
+    assert found == [_docs_row(row) for row in loaded["table"]]
+    assert loaded["table"] == text.table(loaded["runs"])
+
+
+def _docs_row(row: dict[str, Any]) -> list[str]:
+    *before, last = (f"{bits:.3f}" for bits in row["exit_bits_per_character"])
+    above = "" if row["method"] == "backprop" else f"{row['above_backprop']:+.3f}"
+    kind = row["model"].partition(":")[0].removeprefix("char_")
+    return [kind, row["method"], str(row["groups"]), str(row["steps"]), last, above, " ".join(before)]
+
+
+def test_the_table_in_the_readme_is_that_of_the_file() -> None:
+    table = json.loads((ROOT / "benchmarks/results/text.json").read_text())["table"]
+    readme = (ROOT / "README.md").read_text()
+    part = readme[readme.index("benchmarks/results/text.json") :].split("\n|---", 1)[1].split("\n\n", 1)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[1:]]
+    assert [row[0] for row in rows] == list(text.METHODS)
+    for method, *cells in rows:
+        bits = [
+            r["exit_bits_per_character"][-1]
+            for r in table
+            if r["method"] == method and r["model"] == text.LSTM and r["groups"] in (1, 4)
+        ]
+        assert cells == [f"{b:.3f}" for b in bits], method

@@ -48,7 +48,7 @@ class Config:
     limit: int | None = _option(
         None, "train on this many images, balanced over the classes; of a text, characters from its begin"
     )
-    window: int | None = _option(None, "text: characters of a training window")
+    window: int | None = _option(None, "text: characters of a training window; default 64")
     model: str = _option(None, "a model's spec, e.g. lct_vgg:width=0.25")
     method: str = _option("local-critic", "how groups learn", METHODS)
     groups: int = _option(4, "number of groups K")
@@ -64,7 +64,9 @@ class Config:
     critic_target: str = _option(
         "next", "whose loss critics foretell (local-critic); last: in lockstep only", TARGETS
     )
-    critic_lr: float = _option(None, "the critics' Adam learning rate (local-critic)")
+    critic_lr: float = _option(
+        None, "the critics' Adam learning rate (local-critic); default 1e-4, of a text 5e-4"
+    )
     beta: float = _option(None, "weight of the penalty (penalty, augmented-lagrangian)")
     eta: float | None = _option(None, "step of lambda (penalty, augmented-lagrangian); default 0.2 / beta")
     auxiliary: bool = _option(False, "a small net foretells lambda in place of a store (penalty)")
@@ -110,14 +112,14 @@ class Config:
         None, "samples a batch, of all replicas together; of a text, streams read side by side"
     )
     accumulate: int = _option(1, "batches to an update")
-    optimizer: str = _option(None, "each group's optimiser", OPTIMIZERS)
+    optimizer: str = _option(None, "each group's optimiser; default sgd, of a text adam", OPTIMIZERS)
     lr: float = _option(None, "learning rate (its peak, with onecycle)")
     momentum: float = _option(0.9, "momentum of sgd (Nesterov)")
-    weight_decay: float = _option(None, "L2 weight decay")
+    weight_decay: float = _option(None, "L2 weight decay; default 5e-4, of a text 0")
     lr_schedule: str = _option(
         "onecycle", "onecycle | step (/10 at 50 and 75 %%) | cosine | constant", LR_SCHEDULES
     )
-    clip_norm: float | None = _option(None, "largest gradient norm of a group")
+    clip_norm: float | None = _option(None, "largest gradient norm of a group; default none, of a text 1")
     augment: str = _option(None, "augmentation of training images", AUGMENT)
     ignore_index: int = _option(-100, "label that carries no loss")
     autocast: str = _option("none", "mixed precision", ("none", "bf16"))

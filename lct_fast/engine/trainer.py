@@ -114,6 +114,7 @@ class Trainer:
         choices: for each cut what "auto" chose there and why, or None.
         groups: all groups; over processes, only this process's is trained here.
         workers: the groups trained in this process.
+        carries: whether a layer carries state from batch to batch; see ``begin_sequence``.
         first, last: whether this process trains the first, the last group.
         replica, replicas: number of the replica this process belongs to, from 0, and how many there are.
         reports: whether this process gets all results: it trains the last group of replica 0.

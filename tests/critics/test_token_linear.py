@@ -46,7 +46,7 @@ def test_both_gradients_are_those_of_autograd(norm: str, loss: str) -> None:
     g = torch.Generator().manual_seed(1)
     x, next_loss = (
         torch.randn(4, 4, 4, generator=g, dtype=torch.float64),
-        torch.rand(16, generator=g).double(),
+        4 * torch.rand(16, generator=g).double(),
     )
     target = torch.randint(0, 7, (4, 4), generator=g)
     target[1, 2] = -100
@@ -56,6 +56,7 @@ def test_both_gradients_are_those_of_autograd(norm: str, loss: str) -> None:
     # 15 tokens count.
     scale = objective.scale(target)
     torch.testing.assert_close(scale, torch.tensor(1 / 15))
+    # Tokens of both signs.
     step = method.local_step(group, x, target, objective, scale.double(), keep_slot=True)
     assert step.slot is not None and step.loss.shape == (16,) and step.h.shape == (4, 4, 8)
     method.critic_step(group.critic, step.slot, next_loss, objective)
@@ -68,6 +69,7 @@ def test_both_gradients_are_those_of_autograd(norm: str, loss: str) -> None:
     )
     torch.testing.assert_close(group.layers.weight.grad, dweight)
     difference = per_token - next_loss
+    assert (difference > 0).any() and (difference < 0).any()
     distance = difference.abs() if loss == "l1" else difference.clamp(min=0)
     wanted = torch.autograd.grad(distance.sum() * scale.double(), list(group.critic.head.parameters()))
     for parameter, gradient in zip(group.critic.head.parameters(), wanted, strict=True):

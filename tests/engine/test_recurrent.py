@@ -17,6 +17,7 @@ import lct_fast as lct
 from lct_fast.engine import CheckpointError, carried, checkpoint
 from lct_fast.engine.exits import collect
 from lct_fast.engine.graphs import why_eager
+from lct_fast.methods import objective
 from tests.engine import nets
 from tests.engine.pipelined_cases import run_processes, weights
 
@@ -311,6 +312,38 @@ def test_accumulation_codecs_autocast_and_the_measured_codec(threads: None) -> N
         measured = make(kind, 2, lct.LocalCritic(), codec="auto")
         assert measured.wires == ["none"]
         assert all(layer.carried.shape[1] == 0 for layer in _layers(measured))
+
+
+@pytest.mark.parametrize("method", [lct.LocalCritic, lct.Greedy])
+def test_a_large_vocabulary_and_a_loss_of_one_s_own(
+    method: type[lct.Method], threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both take a row a token, and learn what the fused head learns."""
+    sgd: dict[str, Any] = {"optimizer": lambda p: torch.optim.SGD(p, 0.5)}
+
+    def entropy(logits: Tensor, target: Tensor) -> Tensor:
+        assert logits.dim() == 2 and target.shape == logits.shape[:1]
+        return F.cross_entropy(logits, target, reduction="none")
+
+    plain, own = train(make("gru", 2, method(), **sgd)), train(make("gru", 2, method(), loss=entropy, **sgd))
+    monkeypatch.setattr(objective, "LARGE", VOCABULARY)
+    large = train(make("gru", 2, method(), **sgd))
+    for other in (own, large):
+        torch.testing.assert_close(other["losses"], plain["losses"], rtol=1e-4, atol=1e-5)
+        for name, tensor in plain["weights"].items():
+            torch.testing.assert_close(other["weights"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_transformer_may_take_batches_in_any_order(threads: None) -> None:
+    trainer = make("transformer", 2, lct.Greedy(), lct.Async(6, buffer=2))
+    batches = windows()
+    while not trainer.finished:
+        trainer.step(*batches[trainer.batch % BATCHES])
+    trainer.flush()
+    result = trainer.evaluate(batches)
+    assert result is not None and result.samples == BATCHES * ROWS * WINDOW
+    assert trainer.meter.replay()["updates"] == [6, 6]
+    assert trainer.meter.samples == 6 * ROWS * WINDOW
 
 
 def test_refusals(threads: None) -> None:
