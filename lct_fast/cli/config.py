@@ -136,8 +136,8 @@ _IMAGES = {
     "critic": ["pooled_linear:pool=4"],
     "codec": ["none"],
 }
-# Over both: batch norm is refused, and without it a gradient that is an estimate may be far too long.
-_LIKELIHOOD_RATIO = {"clip_norm": 1.0}
+# Over both: an estimated gradient may be far too long, and critics, which nothing trains, are split's choice.
+_LIKELIHOOD_RATIO = {"clip_norm": 1.0, "critic": None}
 
 
 def resolve(given: dict[str, Any]) -> Config:
@@ -157,6 +157,7 @@ def resolve(given: dict[str, Any]) -> Config:
     digits = config.data.partition(":")[0] == "digits"
     table = _DIGITS if digits else _IMAGES
     if config.method == LikelihoodRatio.name:
+        # Batch norm is refused.
         table = table | {"model": "digits_cnn:norm=none" if digits else "vgg8"} | _LIKELIHOOD_RATIO
     for key, value in table.items():
         if getattr(config, key) is None:
