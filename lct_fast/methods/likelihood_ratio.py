@@ -84,7 +84,7 @@ class LikelihoodRatio(Method):
         baseline: bool = True,
         learn_sigma: bool = False,
         storage: str = "full",
-        rows: int = 4096,
+        rows: int = 1024,
     ) -> None:
         for what, value, known in (
             ("noise", noise, NOISE),
@@ -152,7 +152,7 @@ class LikelihoodRatio(Method):
         with torch.no_grad(), span("critic"):
             clean = h.detach()
             loss = group.behind(clean, target)
-            sigma, learned = self._sigma(layers, 0, "boundary"), _learned(layers)
+            sigma, learned = self._sigma(layers, 0, "boundary", h.device), _learned(layers)
             # The losses count as ``scale`` says, which leaves out rows without a label.
             weight, total = scale * len(x), self.copies * len(x)
             error = torch.zeros_like(clean)
@@ -221,24 +221,27 @@ class LikelihoodRatio(Method):
 
     def _site(self, layers: nn.Module, place: _Place, index: int, noise: Noise, copies: int) -> Site:
         layer = place.layer
+        device = next(layer.parameters()).device
         if recurrent_layer(layer) is not None and self.noise != "weights":
-            return RecurrentSite(layer, index, noise, self._sigma(layers, index, "logits"), self.storage)
+            return RecurrentSite(
+                layer, index, noise, self._sigma(layers, index, "logits", device), self.storage
+            )
         own = sum(p.numel() for p in layer.parameters(recurse=False))
         if self.noise == "weights":
-            return WeightSite(layer, index, noise, self._sigma(layers, index, "weights"), copies)
+            return WeightSite(layer, index, noise, self._sigma(layers, index, "weights", device), copies)
         if self.noise == "hybrid" and place.outputs is not None and own < place.outputs:
-            return WeightSite(layer, index, noise, self._sigma(layers, index, "hybrid"), copies)
-        sigma = self._sigma(layers, index, "logits")
+            return WeightSite(layer, index, noise, self._sigma(layers, index, "hybrid", device), copies)
+        sigma = self._sigma(layers, index, "logits", device)
         return LogitSite(layer, index, noise, sigma, copies, self.storage, self.one_at_a_time)
 
-    def _sigma(self, layers: nn.Module, index: int, kind: str) -> Tensor:
+    def _sigma(self, layers: nn.Module, index: int, kind: str, device: torch.device) -> Tensor:
         """The scale of one place, 0-dim; of a hybrid the one given is that of outputs."""
         sigma = SIGMA[kind]
         if self.sigma is not None:
             sigma = self.sigma * SIGMA["hybrid"] / SIGMA["logits"] if kind == "hybrid" else self.sigma
         learned = _learned(layers)
         if learned is None:
-            return torch.tensor(sigma, device=next(layers.parameters()).device)
+            return torch.tensor(sigma, device=device)
         return (sigma * learned.detach()[index].exp()).clamp(_LEAST, _MOST)
 
     def _draws(self, samples: int, places: int) -> Iterator[tuple[int, list[Noise]]]:

@@ -102,6 +102,17 @@ def test_a_group_that_branches_is_taken_whole() -> None:
         assert float(nn.functional.cosine_similarity(moved.flatten(), g.flatten(), 0)) > 0.8, name
 
 
+def test_a_group_of_the_head_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 5))
+    for noise in ("boundary", "logits"):
+        made = lct.split(model, example_input=torch.zeros(4, 1, 8, 8), split_points=["3"])
+        t = lct.Trainer(made, lct.LikelihoodRatio(noise, copies=4, learn_sigma=True))
+        before = nets.state(t)
+        t.step(*learnable(1)[0])
+        assert not torch.equal(before["1.critic.head.weight"], nets.state(t)["1.critic.head.weight"])
+
+
 def test_runs_repeat_bit_for_bit_and_resume(tmp_path: Path) -> None:
     batches = learnable(4)
     states = []

@@ -187,7 +187,7 @@ def test_a_learned_scale_follows_the_smoothed_loss() -> None:
     assert abs(float(grown) / (0.25 * 6) - 1) < 0.15
     # The scale is the one given times the exponential.
     layers.get_parameter("log_sigma").data.fill_(2.0)
-    assert float(method._sigma(layers, 0, "boundary")) == pytest.approx(0.5 * 7.389, rel=1e-3)
+    assert float(method._sigma(layers, 0, "boundary", x.device)) == pytest.approx(0.5 * 7.389, rel=1e-3)
 
 
 @pytest.mark.parametrize("noise", ["logits", "weights", "hybrid"])
