@@ -149,25 +149,25 @@ class LikelihoodRatio(Method):
         with span("forward"):
             h = group.layers(x)
         layers = cast(nn.Module, group.layers)
-        with torch.no_grad(), span("critic"):
+        with torch.no_grad(), span("noisy copies"):
             clean = h.detach()
             loss = group.behind(clean, target)
             sigma, learned = self._sigma(layers, 0, "boundary", h.device), _learned(layers)
             # The losses count as ``scale`` says, which leaves out rows without a label.
             weight, total = scale * len(x), self.copies * len(x)
-            error = torch.zeros_like(clean)
+            error = torch.zeros_like(clean, dtype=torch.float32)
             for copies, (noise,) in self._draws(len(x), 1):
                 noisy = group.behind(noise.add(clean, sigma, copies), _repeat(target, copies))
                 centred = (noisy - _repeat(loss, copies)) * weight
                 gain = centred if self.baseline else noisy * weight
                 shape = torch.Size((copies * len(x), *clean.shape[1:]))
-                rows = noise.error(gain, sigma, shape, total, clean.dtype)
+                rows = noise.error(gain, sigma, shape, total)
                 error += rows.view(copies, *clean.shape).sum(0)
                 if learned is not None:
                     _learn_sigma(learned, 0, noise, centred, shape, total)
         with span("backward"):
             if h.requires_grad:
-                h.backward(error)
+                h.backward(error.to(h.dtype))
         return LocalStep(clean, loss)
 
     def _layer_wise(
@@ -190,7 +190,7 @@ class LikelihoodRatio(Method):
         turns = [[i] for i in numbers] if self.one_at_a_time else [numbers]
         weight, total = scale * len(x), self.copies * len(x)
         self.kept_bytes = self.full_bytes = 0
-        with span("critic"):
+        with span("noisy copies"):
             for turn in turns:
                 start = min((places[i].start for i in turn), default=0)
                 for copies, noises in self._draws(len(x), len(turn)):
@@ -298,7 +298,7 @@ def _learn_sigma(
 ) -> None:
     """d log sigma = mean of L sum(eps^2 - 1) over ``total`` rows; loss [M] of the rows of eps, ``shape`` [M, ...]."""
     one = torch.ones((), device=loss.device)
-    eps = noise.error(torch.ones_like(loss), one, shape, 1, torch.float32)
+    eps = noise.error(torch.ones_like(loss), one, shape, 1)
     gradient = torch.zeros_like(learned)
     gradient[index] = (loss * (eps.square() - 1).flatten(1).sum(1)).sum() / total
     accumulate(learned, gradient)

@@ -102,6 +102,37 @@ def test_a_group_that_branches_is_taken_whole() -> None:
         assert float(nn.functional.cosine_similarity(moved.flatten(), g.flatten(), 0)) > 0.8, name
 
 
+class ReluLinear(nn.Module):
+    """In place once ``split`` has looked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.in_place = nn.Linear(8, 8), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x.relu_() if self.in_place else x.relu())
+        return out
+
+
+def test_layers_that_change_what_crosses_are_refused() -> None:
+    unit = ReluLinear()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), unit, nn.Linear(8, 5))
+    made = lct.split(model, example_input=torch.zeros(4, 1, 8, 8), split_points=["2"])
+    unit.in_place = True
+    with pytest.raises(RuntimeError, match="the layers after group 1 changed their input in place"):
+        lct.Trainer(made, lct.LikelihoodRatio(copies=4)).step(*learnable(1)[0])
+
+
+@pytest.mark.parametrize("noise", ["boundary", "logits", "weights"])
+def test_mixed_precision(noise: str) -> None:
+    t = trainer(lct.LikelihoodRatio(noise, copies=4), autocast=torch.bfloat16)
+    before = nets.state(t)
+    for x, y in learnable(2):
+        stats = t.step(x, y)
+    assert bool(stats.losses.isfinite().all())
+    assert not torch.equal(before["0.layers.conv1.conv.weight"], nets.state(t)["0.layers.conv1.conv.weight"])
+
+
 def test_a_group_of_the_head_alone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 5))

@@ -279,7 +279,7 @@ def test_noise_is_the_same_each_time_it_is_asked() -> None:
         EvenNoise("halton", 3, 5, 4, True),
     ):
         eps = noise.add(torch.zeros(2, 3), one, 4)
-        assert torch.equal(noise.error(torch.ones(8), one, shape, 1, torch.float32), eps)
+        assert torch.equal(noise.error(torch.ones(8), one, shape, 1), eps)
         assert torch.equal(eps[4:], -eps[:4])
 
 
@@ -327,6 +327,13 @@ def test_layers_that_cannot_learn_are_named() -> None:
     lct.LikelihoodRatio("boundary").prepare(nn.Sequential(nn.Bilinear(2, 2, 2)), None)
 
 
+def _first_gate(layer: Any, x: Tensor, h: Tensor) -> Tensor:
+    both = x @ layer.weight_ih_l0.t() + h @ layer.weight_hh_l0.t()
+    both = both + layer.bias_ih_l0 + layer.bias_hh_l0 if layer.bias else both
+    first: Tensor = both[:, :5]
+    return first
+
+
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
@@ -342,4 +349,17 @@ def test_unrolled_cells_are_torchs(kind: type[nn.RNNBase], batch_first: bool, bi
         expected, expected_last = layer(*inputs)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(last, expected_last)
-        assert pre_activations(layer, run).shape == run.shape
+        # Every step again from the state before it alone.
+        gates = pre_activations(layer, run)
+        assert gates.shape == run.shape
+        steps = out if batch_first else out.transpose(0, 1)
+        if kind is nn.RNN:
+            torch.testing.assert_close(gates.tanh(), steps)
+        if kind is nn.GRU:
+            reset, update, new = gates.chunk(3, -1)
+            assert run.reset is not None
+            torch.testing.assert_close(reset.sigmoid(), run.reset)
+            mixed = new.tanh() + update.sigmoid() * (run.h - new.tanh())
+            torch.testing.assert_close(mixed, steps)
+        if kind is nn.LSTM:
+            torch.testing.assert_close(gates[:, 0, :5], _first_gate(layer, run.x[:, 0], run.h[:, 0]))
