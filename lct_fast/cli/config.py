@@ -187,8 +187,10 @@ _TEXT = {
     "clip_norm": 1.0,
     "critic_lr": 5e-4,
 }
-# Over both: batch norm is refused, and without it a gradient that is an estimate may be far too long.
-_LIKELIHOOD_RATIO = {"clip_norm": 1.0}
+# Over both: an estimated gradient may be far too long, and critics, which nothing trains, are split's choice.
+_LIKELIHOOD_RATIO = {"clip_norm": 1.0, "critic": None}
+# Batch norm is refused; an epoch takes as long as `copies` of them.
+_NOISY_DIGITS = {"model": "digits_cnn:norm=none", "epochs": 10}
 
 
 # What penalty and augmented-lagrangian need instead: their losses are sums over features.
@@ -221,7 +223,7 @@ def resolve(given: dict[str, Any]) -> Config:
     table = {"digits": _DIGITS, "text": _TEXT}.get(kind, _IMAGES)
     table = table | (_LAYER_PARALLEL if config.method in LAYER_PARALLEL else _OTHERS)
     if config.method == LikelihoodRatio.name:
-        table = table | {"model": "digits_cnn:norm=none" if kind == "digits" else "vgg8"} | _LIKELIHOOD_RATIO
+        table = table | _LIKELIHOOD_RATIO | (_NOISY_DIGITS if kind == "digits" else {"model": "vgg8"})
     for key, value in table.items():
         if getattr(config, key) is None:
             setattr(config, key, value)

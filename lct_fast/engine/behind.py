@@ -23,11 +23,17 @@ class Behind:
 
     def __call__(self, h: Tensor, target: Tensor) -> Tensor:
         here, before = h.device, self.workers[self.k]
+        given, version = h, h._version
         for worker in self.workers[self.k + 1 :]:
             before.meter.wire_bytes += h.nbytes
             before.meter.raw_bytes += h.numel() * 4
             h = worker.layers(worker.place(h))
             before = worker
+        if given._version != version:
+            raise RuntimeError(
+                f"the layers after group {self.k + 1} changed their input in place: what crosses a cut is shared, use "
+                f"inplace=False in the first layer after it"
+            )
         logits = before.critic(h)
         loss = before.settings.objective.per_sample(logits.float(), target.to(h.device))
         for worker in self.workers[self.k : -1]:

@@ -84,7 +84,7 @@ class LikelihoodRatio(Method):
         baseline: bool = True,
         learn_sigma: bool = False,
         storage: str = "full",
-        rows: int = 4096,
+        rows: int = 1024,
     ) -> None:
         for what, value, known in (
             ("noise", noise, NOISE),
@@ -149,25 +149,25 @@ class LikelihoodRatio(Method):
         with span("forward"):
             h = group.layers(x)
         layers = cast(nn.Module, group.layers)
-        with torch.no_grad(), span("critic"):
+        with torch.no_grad(), span("noisy copies"):
             clean = h.detach()
             loss = group.behind(clean, target)
-            sigma, learned = self._sigma(layers, 0, "boundary"), _learned(layers)
+            sigma, learned = self._sigma(layers, 0, "boundary", h.device), _learned(layers)
             # The losses count as ``scale`` says, which leaves out rows without a label.
             weight, total = scale * len(x), self.copies * len(x)
-            error = torch.zeros_like(clean)
+            error = torch.zeros_like(clean, dtype=torch.float32)
             for copies, (noise,) in self._draws(len(x), 1):
                 noisy = group.behind(noise.add(clean, sigma, copies), _repeat(target, copies))
                 centred = (noisy - _repeat(loss, copies)) * weight
                 gain = centred if self.baseline else noisy * weight
                 shape = torch.Size((copies * len(x), *clean.shape[1:]))
-                rows = noise.error(gain, sigma, shape, total, clean.dtype)
+                rows = noise.error(gain, sigma, shape, total)
                 error += rows.view(copies, *clean.shape).sum(0)
                 if learned is not None:
                     _learn_sigma(learned, 0, noise, centred, shape, total)
         with span("backward"):
             if h.requires_grad:
-                h.backward(error)
+                h.backward(error.to(h.dtype))
         return LocalStep(clean, loss)
 
     def _layer_wise(
@@ -190,7 +190,7 @@ class LikelihoodRatio(Method):
         turns = [[i] for i in numbers] if self.one_at_a_time else [numbers]
         weight, total = scale * len(x), self.copies * len(x)
         self.kept_bytes = self.full_bytes = 0
-        with span("critic"):
+        with span("noisy copies"):
             for turn in turns:
                 start = min((places[i].start for i in turn), default=0)
                 for copies, noises in self._draws(len(x), len(turn)):
@@ -221,24 +221,27 @@ class LikelihoodRatio(Method):
 
     def _site(self, layers: nn.Module, place: _Place, index: int, noise: Noise, copies: int) -> Site:
         layer = place.layer
+        device = next(layer.parameters()).device
         if recurrent_layer(layer) is not None and self.noise != "weights":
-            return RecurrentSite(layer, index, noise, self._sigma(layers, index, "logits"), self.storage)
+            return RecurrentSite(
+                layer, index, noise, self._sigma(layers, index, "logits", device), self.storage
+            )
         own = sum(p.numel() for p in layer.parameters(recurse=False))
         if self.noise == "weights":
-            return WeightSite(layer, index, noise, self._sigma(layers, index, "weights"), copies)
+            return WeightSite(layer, index, noise, self._sigma(layers, index, "weights", device), copies)
         if self.noise == "hybrid" and place.outputs is not None and own < place.outputs:
-            return WeightSite(layer, index, noise, self._sigma(layers, index, "hybrid"), copies)
-        sigma = self._sigma(layers, index, "logits")
+            return WeightSite(layer, index, noise, self._sigma(layers, index, "hybrid", device), copies)
+        sigma = self._sigma(layers, index, "logits", device)
         return LogitSite(layer, index, noise, sigma, copies, self.storage, self.one_at_a_time)
 
-    def _sigma(self, layers: nn.Module, index: int, kind: str) -> Tensor:
+    def _sigma(self, layers: nn.Module, index: int, kind: str, device: torch.device) -> Tensor:
         """The scale of one place, 0-dim; of a hybrid the one given is that of outputs."""
         sigma = SIGMA[kind]
         if self.sigma is not None:
             sigma = self.sigma * SIGMA["hybrid"] / SIGMA["logits"] if kind == "hybrid" else self.sigma
         learned = _learned(layers)
         if learned is None:
-            return torch.tensor(sigma, device=next(layers.parameters()).device)
+            return torch.tensor(sigma, device=device)
         return (sigma * learned.detach()[index].exp()).clamp(_LEAST, _MOST)
 
     def _draws(self, samples: int, places: int) -> Iterator[tuple[int, list[Noise]]]:
@@ -295,7 +298,7 @@ def _learn_sigma(
 ) -> None:
     """d log sigma = mean of L sum(eps^2 - 1) over ``total`` rows; loss [M] of the rows of eps, ``shape`` [M, ...]."""
     one = torch.ones((), device=loss.device)
-    eps = noise.error(torch.ones_like(loss), one, shape, 1, torch.float32)
+    eps = noise.error(torch.ones_like(loss), one, shape, 1)
     gradient = torch.zeros_like(learned)
     gradient[index] = (loss * (eps.square() - 1).flatten(1).sum(1)).sum() / total
     accumulate(learned, gradient)

@@ -25,8 +25,8 @@ class Noise(Protocol):
         """z [M, ...] repeated ``copies`` times, plus sigma (0-dim) * eps."""
         ...
 
-    def error(self, loss: Tensor, sigma: Tensor, shape: torch.Size, total: int, dtype: torch.dtype) -> Tensor:
-        """loss [M] / (total * sigma) * eps, of the given shape [M, ...]."""
+    def error(self, loss: Tensor, sigma: Tensor, shape: torch.Size, total: int) -> Tensor:
+        """loss [M] / (total * sigma) * eps, of the given shape [M, ...], in float32: it is summed over copies."""
         ...
 
 
@@ -39,8 +39,8 @@ class RandomNoise:
     def add(self, z: Tensor, sigma: Tensor, copies: int = 1) -> Tensor:
         return ops.perturb(z, sigma, self.seed, self.offset, self.antithetic, copies)
 
-    def error(self, loss: Tensor, sigma: Tensor, shape: torch.Size, total: int, dtype: torch.dtype) -> Tensor:
-        return ops.score(loss, sigma, self.seed, self.offset, shape, self.antithetic, total, dtype)
+    def error(self, loss: Tensor, sigma: Tensor, shape: torch.Size, total: int) -> Tensor:
+        return ops.score(loss, sigma, self.seed, self.offset, shape, self.antithetic, total)
 
 
 class EvenNoise:
@@ -67,9 +67,9 @@ class EvenNoise:
         wide = z.repeat(copies, *(1 for _ in z.shape[1:]))
         return (wide + sigma * self._values(wide.shape, z.device)).to(z.dtype)
 
-    def error(self, loss: Tensor, sigma: Tensor, shape: torch.Size, total: int, dtype: torch.dtype) -> Tensor:
+    def error(self, loss: Tensor, sigma: Tensor, shape: torch.Size, total: int) -> Tensor:
         row = (loss / (total * sigma)).view(-1, *(1 for _ in shape[1:]))
-        return (row * self._values(shape, loss.device)).to(dtype)
+        return row * self._values(shape, loss.device)
 
     def _values(self, shape: torch.Size, device: torch.device) -> Tensor:
         if self._eps is None:

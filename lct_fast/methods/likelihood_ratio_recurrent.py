@@ -15,14 +15,13 @@ from torch import Tensor, nn
 class Unrolled:
     """What passed through the layer: x [M, T, I], the state before each step h [M, T, H]; GRU: its reset gates.
 
-    ``shape`` [M, T, gates * H] and ``dtype`` are those of the pre-activations.
+    ``shape`` [M, T, gates * H] is that of the pre-activations.
     """
 
     x: Tensor
     h: Tensor
     reset: Tensor | None
     shape: torch.Size
-    dtype: torch.dtype
 
 
 def recurrent_layer(module: nn.Module) -> nn.RNNBase | None:
@@ -85,7 +84,7 @@ def unroll(layer: Any, inputs: tuple[Any, ...], add: Callable[[Tensor], Tensor])
             h = (given[:, t] + state).tanh()
         outputs.append(h)
     reset_gates = torch.stack(resets, 1) if resets else None
-    run = Unrolled(x, torch.stack(states, 1), reset_gates, given.shape, given.dtype)
+    run = Unrolled(x, torch.stack(states, 1), reset_gates, given.shape)
     out = torch.stack(outputs, 1 if layer.batch_first else 0)
     return (out, (h[None], c[None]) if lstm else h[None]), run
 

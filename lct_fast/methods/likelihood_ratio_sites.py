@@ -123,11 +123,11 @@ class LogitSite(Site):
         self.input: Whole | Signs = keep(needed, self.storage)
         self.kept, self.full = self.input.nbytes, needed.nbytes
         y = self.noise.add(self.layer.forward(x), self.sigma)
-        self.shape, self.dtype = y.shape, y.dtype
+        self.shape = y.shape
         return y
 
     def learn(self, loss: Tensor, total: int) -> None:
-        error = self.noise.error(loss, self.sigma, self.shape, total, self.dtype)
+        error = self.noise.error(loss, self.sigma, self.shape, total)
         if self.same_input:
             error = error.view(self.copies, -1, *self.shape[1:]).sum(0)
         x = self.input.values()
@@ -165,7 +165,7 @@ class WeightSite(Site):
 
     def learn(self, loss: Tensor, total: int) -> None:
         copies = total * self.copies // len(loss)
-        error = self.noise.error(self.row_loss(loss), self.sigma, self.shape, copies, torch.float32)
+        error = self.noise.error(self.row_loss(loss), self.sigma, self.shape, copies)
         for name, gradient in self._parts(error.sum(0)).items():
             accumulate(self.parameters[name], gradient)
 
@@ -203,15 +203,15 @@ class RecurrentSite(Site):
 
     def output(self, inputs: tuple[Any, ...]) -> Any:
         result, run = unroll(self.layer, inputs, lambda z: self.noise.add(z, self.sigma))
-        self.shape, self.dtype, self.reset = run.shape, run.dtype, run.reset
+        self.shape, self.reset = run.shape, run.reset
         self.inputs, self.states = keep(run.x, self.storage), keep(run.h, self.storage)
         self.kept = self.inputs.nbytes + self.states.nbytes
         self.full = run.x.nbytes + run.h.nbytes
         return result
 
     def learn(self, loss: Tensor, total: int) -> None:
-        error = self.noise.error(loss, self.sigma, self.shape, total, self.dtype)
-        run = Unrolled(self.inputs.values(), self.states.values(), self.reset, self.shape, self.dtype)
+        error = self.noise.error(loss, self.sigma, self.shape, total)
+        run = Unrolled(self.inputs.values(), self.states.values(), self.reset, self.shape)
         _gradients(self.layer, lambda: pre_activations(self.layer, run), error)
 
 
