@@ -90,3 +90,14 @@ def test_an_unknown_contender_is_refused(capsys: pytest.CaptureFixture[str]) -> 
         critics.main(["finals", "--data", "PATH", "--out", "x.json", "--contenders", "best"])
     assert status.value.code == 2
     assert "--contenders: no best; known: backprop, greedy-" in capsys.readouterr().err
+
+
+def test_the_tables_in_the_docs_are_those_of_the_file() -> None:
+    file = json.loads((ROOT / "benchmarks/results/critics.json").read_text())
+    page = (ROOT / "docs/critics.md").read_text()
+    assert "screen" in file
+    for part in file.keys() & critics.PARTS.keys():
+        start = page.index(f"`python -m benchmarks.critics {part}`")
+        table = page[start:].split("\n|---", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+        found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+        assert found == [critics.cells(row) for row in file[part]["rows"]], part
