@@ -32,6 +32,8 @@ CHEAP = (
 )
 # 195 batches hold 4 periods, 776 hold 19.
 SERIAL = ("--serial", "0.1", "--serial-block", "4")
+# Changes no bit of a run.
+DIAGNOSE = ("--diagnose", "15")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def runs(part: str, contenders: list[Contender], data: str) -> list[Run]:
                 *("--data", f"cifar10:{data}", "--limit", str(size.images), "--epochs", str(size.epochs)),
                 *("--model", "lct_vgg:width=0.25", "--groups", "4", "--seed", str(seed)),
                 *contender.options,
+                *DIAGNOSE,
             ],
         )
         for seed in size.seeds
@@ -124,7 +127,7 @@ def runs(part: str, contenders: list[Contender], data: str) -> list[Run]:
 
 
 def table(part: str, contenders: list[Contender], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a contender: accuracy of every exit in %, its mean and deviation over the seeds, cost and seconds."""
+    """A row a contender: accuracy of every exit in %, its mean and deviation over the seeds, cosines, cost, seconds."""
     rows = []
     for contender in contenders:
         names = [f"{PARTS[part].folder}-{contender.name}-seed{seed}" for seed in PARTS[part].seeds]
@@ -139,12 +142,19 @@ def table(part: str, contenders: list[Contender], results: list[dict[str, Any]])
                 "seeds": [r["seed"] for r in found],
                 "exit_accuracy": [100 * mean(values) for values in exits],
                 "exit_accuracy_sd": [100 * stdev(v) if len(v) > 1 else None for v in exits],
+                "gradient_cosine": _cosines(found),
                 "critic_mac_share": found[0]["critic_mac_share"],
                 "critic_tax": _mean(r["critic_tax"] for r in found),
                 "seconds": mean(r["seconds"] for r in found),
             }
         )
     return rows
+
+
+def _cosines(found: list[dict[str, Any]]) -> list[float] | None:
+    """Of each group's gradient to the true one, late in training: mean over the runs that were diagnosed."""
+    known = [r["diagnosis"]["gradient_cosine"] for r in found if r.get("diagnosis")]
+    return [mean(values) for values in zip(*known, strict=True)] if known else None
 
 
 def cells(row: dict[str, Any]) -> list[str]:
