@@ -1,11 +1,13 @@
 """Cheap critics and critic losses, beside the paper's convolutional critic and back-propagation, on CIFAR-10.
 
     python -m benchmarks.critics screen --data DIR --out benchmarks/results/critics.json
+    python -m benchmarks.critics seeds  --data DIR --out benchmarks/results/critics.json
     python -m benchmarks.critics finals --data DIR --out benchmarks/results/critics.json
 
 LCT's net (a) at a quarter of its width, 4 groups, no codec. `screen`: every contender once, 5,000 training images and 5
-epochs. `finals`: `FINALISTS`, or those named with --contenders, over 3 seeds at 12,500 images and 8 epochs. Both write
-one file, after every run; run folders lie in --runs, and a run already complete there is not repeated.
+epochs. `seeds`: `FINALISTS` at that size over 3 seeds. `finals`: the same at 12,500 images and 8 epochs. --contenders
+takes others by name. All write one file, after every run; run folders lie in --runs, and a run that is complete there
+is not repeated.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -30,18 +32,25 @@ CHEAP = (
 )
 # 195 batches hold 4 periods, 776 hold 19.
 SERIAL = ("--serial", "0.1", "--serial-block", "4")
+# Changes no bit of a run.
+DIAGNOSE = ("--diagnose", "15")
 
 
 @dataclass(frozen=True)
 class Part:
-    """How long its runs are, and over which seeds."""
+    """How long its runs are, and over which seeds; parts of one ``folder`` share their runs."""
 
+    folder: str
     images: int
     epochs: int
     seeds: tuple[int, ...]
 
 
-PARTS = {"screen": Part(5000, 5, (0,)), "finals": Part(12500, 8, (0, 1, 2))}
+PARTS = {
+    "screen": Part("screen", 5000, 5, (0,)),
+    "seeds": Part("screen", 5000, 5, (0, 1, 2)),
+    "finals": Part("finals", 12500, 8, (0, 1, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,11 @@ CONTENDERS = [
     *(_local(loss=loss, serial=True) for loss in ("l1", "half_sided")),
     _local(rate="1e-4"),
 ]
-FINALISTS = [Contender("greedy", POOLED), _local()]
+FINALISTS = [
+    _local(loss="l1"),
+    _local(),
+    *(Contender("greedy", critic) for critic in (POOLED, "pooled_linear:pool=8", "depthwise:stride=2")),
+]
 
 
 def runs(part: str, contenders: list[Contender], data: str) -> list[Run]:
@@ -100,11 +113,12 @@ def runs(part: str, contenders: list[Contender], data: str) -> list[Run]:
     size = PARTS[part]
     return [
         Run(
-            f"{part}-{contender.name}-seed{seed}",
+            f"{size.folder}-{contender.name}-seed{seed}",
             [
                 *("--data", f"cifar10:{data}", "--limit", str(size.images), "--epochs", str(size.epochs)),
                 *("--model", "lct_vgg:width=0.25", "--groups", "4", "--seed", str(seed)),
                 *contender.options,
+                *DIAGNOSE,
             ],
         )
         for seed in size.seeds
@@ -113,10 +127,10 @@ def runs(part: str, contenders: list[Contender], data: str) -> list[Run]:
 
 
 def table(part: str, contenders: list[Contender], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a contender: accuracy of every exit in %, its mean and deviation over the seeds, cost and seconds."""
+    """A row a contender: accuracy of every exit in %, its mean and deviation over the seeds, cosines, cost, seconds."""
     rows = []
     for contender in contenders:
-        names = [f"{part}-{contender.name}-seed{seed}" for seed in PARTS[part].seeds]
+        names = [f"{PARTS[part].folder}-{contender.name}-seed{seed}" for seed in PARTS[part].seeds]
         found = [r for r in results if r["name"] in names]
         if not found:
             continue
@@ -124,15 +138,37 @@ def table(part: str, contenders: list[Contender], results: list[dict[str, Any]])
         rows.append(
             {
                 "contender": contender.name,
+                **asdict(contender),
                 "seeds": [r["seed"] for r in found],
                 "exit_accuracy": [100 * mean(values) for values in exits],
                 "exit_accuracy_sd": [100 * stdev(v) if len(v) > 1 else None for v in exits],
+                "gradient_cosine": _cosines(found),
                 "critic_mac_share": found[0]["critic_mac_share"],
                 "critic_tax": _mean(r["critic_tax"] for r in found),
                 "seconds": mean(r["seconds"] for r in found),
             }
         )
     return rows
+
+
+def _cosines(found: list[dict[str, Any]]) -> list[float] | None:
+    """Of each group's gradient to the true one, late in training: mean over the runs that were diagnosed."""
+    known = [r["diagnosis"]["gradient_cosine"] for r in found if r.get("diagnosis")]
+    return [mean(values) for values in zip(*known, strict=True)] if known else None
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table as text: method, critic, what it learns from, its dearest cut in % of the group, exits."""
+    if row["method"] == "backprop":
+        return ["backprop", "", "", "", "", "", "", f"{row['exit_accuracy'][-1]:.2f}"]
+    learns = ""
+    if row["method"] == "local-critic":
+        learns = f"{row['loss']}, Adam {row['rate']}" + (", target last" if row["target"] == "last" else "")
+    exits = []
+    for mean_, sd in zip(row["exit_accuracy"], row["exit_accuracy_sd"], strict=True):
+        exits.append(f"{mean_:.2f}" + ("" if sd is None else f" ± {sd:.2f}"))
+    tax = f"{100 * max(row['critic_mac_share']):.2f}"
+    return [row["method"] + (", serial 0.1" if row["serial"] else ""), row["critic"], learns, tax, *exits]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -169,8 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         content[args.part] = {"rows": table(args.part, chosen, results), "runs": results}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
     for row in content[args.part]["rows"]:
-        exits = " ".join(f"{a:.2f}" for a in row["exit_accuracy"])
-        print(f"{row['contender']:<52} exits {exits}  {row['seconds']:.0f} s")
+        print(f"| {' | '.join(cells(row))} |")
     return 0
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from benchmarks.accuracy import POOLED, Run, execute
+from benchmarks.accuracy import L1, POOLED, Run, execute
 from lct_fast.data.digits import FOLDS
 
 METHODS = ("greedy", "local-critic")
@@ -66,7 +66,7 @@ def cifar10(codecs: Iterable[str], seeds: int, data: str, images: int, epochs: i
             [
                 *("--data", f"cifar10:{data}", "--limit", str(images), "--model", "lct_vgg:width=0.25"),
                 *("--groups", "4", "--critic", POOLED, "--epochs", str(epochs), "--method", method),
-                *("--critic-lr", "1e-3", "--codec", *codec.split(), "--seed", str(seed)),
+                *("--critic-lr", "1e-3", *L1, "--codec", *codec.split(), "--seed", str(seed)),
             ],
         )
         for seed in range(seeds)

@@ -24,6 +24,8 @@ def _result(run: Run, accuracy: float) -> dict[str, Any]:
         "seed": int(run.name[-1]),
         "exit_test_accuracy": [accuracy / 2, accuracy],
         "critic_mac_share": [0.001, 0.002],
+        # The first was made without.
+        "diagnosis": {"gradient_cosine": [accuracy, 1.0]} if accuracy > 0.5 else None,
         "critic_tax": 0.1,
         "seconds": 20.0,
     }
@@ -43,6 +45,7 @@ def test_contenders_are_runs_that_training_accepts() -> None:
                 numbers[key] = float(typed[key])  # type: ignore[assignment]
         if "serial_block" in typed:
             numbers["serial_block"] = int(typed["serial_block"])
+        numbers["diagnose"] = int(typed["diagnose"])
         assert resolve(typed | numbers).epochs == 8
 
 
@@ -81,6 +84,7 @@ def test_the_file_is_written_after_every_run_and_keeps_the_other_part(
     rows = content["finals"]["rows"]
     assert [(row["contender"], row["seeds"]) for row in rows] == [(two[0], [0, 1]), (two[1], [0, 1])]
     assert rows[0]["exit_accuracy"] == pytest.approx([27.5, 55.0])
+    assert rows[0]["gradient_cosine"] == [pytest.approx(0.6), 1.0]
     assert rows[0]["exit_accuracy_sd"][1] == pytest.approx(100 * 0.1 / 2**0.5)
     assert content["screen"]["rows"][0]["exit_accuracy_sd"] == [None, None]
 
@@ -90,3 +94,14 @@ def test_an_unknown_contender_is_refused(capsys: pytest.CaptureFixture[str]) -> 
         critics.main(["finals", "--data", "PATH", "--out", "x.json", "--contenders", "best"])
     assert status.value.code == 2
     assert "--contenders: no best; known: backprop, greedy-" in capsys.readouterr().err
+
+
+def test_the_tables_in_the_docs_are_those_of_the_file() -> None:
+    file = json.loads((ROOT / "benchmarks/results/critics.json").read_text())
+    page = (ROOT / "docs/critics.md").read_text()
+    assert "screen" in file
+    for part in file.keys() & critics.PARTS.keys():
+        start = page.index(f"`python -m benchmarks.critics {part}`")
+        table = page[start:].split("\n|---", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+        found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+        assert found == [critics.cells(row) for row in file[part]["rows"]], part

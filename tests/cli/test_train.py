@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import lct_fast as lct
 from lct_fast import exported
 from lct_fast.cli import main
+from lct_fast.cli.config import resolve
 from lct_fast.engine import checkpoint
 
 SMALL = ["--data", "digits", "--model", "digits_cnn:width=0.25", "--limit", "320", "--threads", "1"]
@@ -363,6 +364,13 @@ def test_config_file_and_flags(tmp_path: Path) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(_weights(run).values(), _weights(again).values(), strict=True)
     )
+
+
+def test_the_critic_loss_is_the_papers_but_for_images() -> None:
+    assert resolve({}).critic_loss == resolve({"data": "digits:fold=1"}).critic_loss == "l1"
+    assert resolve({"data": "cifar10:PATH"}).critic_loss == "half_sided"
+    assert resolve({"data": "cifar10:PATH", "critic_loss": "l1"}).critic_loss == "l1"
+    assert lct.LocalCritic().loss == "l1"
 
 
 def test_why_there_are_no_graphs_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,8 @@ def test_which_updates_are_read() -> None:
     assert _wanted(2, 4) == list(range(24))
     # Batches 6, 7, 14, 15, 22, 23 are serial.
     assert _wanted(2, 1, lct.Hybrid(0.25, block=2)) == [0, 2, 4, 8, 10, 12, 16, 18, 20]
+    # Batches 3, 4, 5, 9, 10, 11 and so on: none of the updates is without.
+    assert _wanted(1, 4, lct.Hybrid(0.5, block=3)) == []
     assert _wanted(1, 4, lct.Hybrid(0.25, block=2)) == [*range(4), *range(8, 12), *range(16, 20)]
 
 

@@ -144,7 +144,9 @@ def test_only_norms_were_read(make_run: MakeRun, tmp_path: Path) -> None:
         (run / "metrics.jsonl").read_text(),
     )
     (run / "metrics.jsonl").write_text(text)
-    labels = list(report(tmp_path, run).attributes("aria-label"))
+    made = report(tmp_path, run)
+    labels = list(made.attributes("aria-label"))
+    assert "cosine" not in " ".join(made.words)
     assert sum(label.startswith("gradient norm of a") for label in labels) == 1
     assert not any(label.startswith("cosine") for label in labels)
 
