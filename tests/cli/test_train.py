@@ -194,7 +194,10 @@ def test_refusals_are_one_line_with_status_2_and_leave_nothing(
         (["--config", str(config)], "unknown config key 'batchsize': did you mean 'batch_size'?"),
         (["--groups", "50"], "50 groups asked for, but the model has only"),
         (["--codec", "zip"], "unknown codec 'zip': choose one of none, bf16"),
-        (["--method", "sgd"], "method: expected one of local-critic, greedy, likelihood-ratio, backprop; got 'sgd'"),
+        (
+            ["--method", "sgd"],
+            "method: expected one of local-critic, greedy, likelihood-ratio, backprop; got 'sgd'",
+        ),
         (["--critic", "conv"], "unknown critic 'conv'"),
         (["--model", "vgg"], "unknown model 'vgg'"),
         (["--data", "mnist"], "mnist"),
