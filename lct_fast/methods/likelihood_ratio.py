@@ -119,7 +119,8 @@ class LikelihoodRatio(Method):
         else:
             places = len(parametric(layers)) + (len(parametric(head)) if head is not None else 0)
         if self.learn_sigma and places:
-            device = next((p.device for p in layers.parameters()), None)
+            parts = [layers] if head is None else [layers, head]
+            device = next(p.device for part in parts for p in part.parameters())
             layers.register_parameter(LOG_SIGMA, nn.Parameter(torch.zeros(places, device=device)))
 
     def local_step(
@@ -152,7 +153,7 @@ class LikelihoodRatio(Method):
         with torch.no_grad(), span("noisy copies"):
             clean = h.detach()
             loss = group.behind(clean, target)
-            sigma, learned = self._sigma(layers, 0, "boundary", h.device), _learned(layers)
+            sigma, learned = self._sigma(layers, 0, "boundary", h.device), self._learned(layers)
             # The losses count as ``scale`` says, which leaves out rows without a label.
             weight, total = scale * len(x), self.copies * len(x)
             error = torch.zeros_like(clean, dtype=torch.float32)
@@ -211,7 +212,7 @@ class LikelihoodRatio(Method):
         gain = centred if self.baseline else noisy * weight
         self.kept_bytes = max(self.kept_bytes, sum(site.kept for site in sites))
         self.full_bytes = max(self.full_bytes, sum(site.full for site in sites))
-        learned = _learned(layers)
+        learned = self._learned(layers)
         for site in sites:
             site.learn(gain, total)
             if learned is not None:
@@ -239,10 +240,14 @@ class LikelihoodRatio(Method):
         sigma = SIGMA[kind]
         if self.sigma is not None:
             sigma = self.sigma * SIGMA["hybrid"] / SIGMA["logits"] if kind == "hybrid" else self.sigma
-        learned = _learned(layers)
+        learned = self._learned(layers)
         if learned is None:
             return torch.tensor(sigma, device=device)
         return (sigma * learned.detach()[index].exp()).clamp(_LEAST, _MOST)
+
+    def _learned(self, layers: nn.Module) -> nn.Parameter | None:
+        """Logarithms of what the scales of a group are multiplied by, one a place; None where they don't learn."""
+        return getattr(layers, LOG_SIGMA, None) if self.learn_sigma else None
 
     def _draws(self, samples: int, places: int) -> Iterator[tuple[int, list[Noise]]]:
         """For each chunk of copies their number and one noise a place, of streams that nobody else has."""
@@ -286,11 +291,6 @@ def _through(
         for unit in units:
             rows = unit(rows)
         return group.behind(rows, target)
-
-
-def _learned(layers: object) -> nn.Parameter | None:
-    """Logarithms of what the scales of a group are multiplied by, one a place; None where they don't learn."""
-    return getattr(layers, LOG_SIGMA, None)
 
 
 def _learn_sigma(

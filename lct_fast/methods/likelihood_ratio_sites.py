@@ -43,7 +43,16 @@ class Site:
         self.kept = self.full = 0
 
     def hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        """A forward hook of the layer: what it gives for noisy copies, in place of its output."""
+        """A forward hook of the layer: what it gives for noisy copies, in place of its output.
+
+        Raises:
+            ValueError: the layer has a second turn in one pass.
+        """
+        if self.shape:
+            raise ValueError(
+                f"noise goes into a layer once in a pass, but a {type(module).__name__} is used again: use "
+                f"noise='boundary'"
+            )
         return self.output(inputs)
 
     def output(self, inputs: tuple[Any, ...]) -> Any:

@@ -232,7 +232,8 @@ def test_refusals_are_one_line_with_status_2_and_leave_nothing(
         (["--codec", "zip"], "unknown codec 'zip': choose one of none, bf16"),
         (
             ["--method", "sgd"],
-            "method: expected one of local-critic, greedy, penalty, augmented-lagrangian, backprop; got 'sgd'",
+            "method: expected one of local-critic, greedy, penalty, augmented-lagrangian, likelihood-ratio, backprop; "
+            "got 'sgd'",
         ),
         (["--critic", "conv"], "unknown critic 'conv'"),
         (["--model", "vgg"], "unknown model 'vgg'"),

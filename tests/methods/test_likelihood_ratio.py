@@ -190,6 +190,15 @@ def test_a_learned_scale_follows_the_smoothed_loss() -> None:
     assert float(method._sigma(layers, 0, "boundary", x.device)) == pytest.approx(0.5 * 7.389, rel=1e-3)
 
 
+@pytest.mark.parametrize("noise", ["logits", "weights"])
+def test_a_layer_that_is_used_twice_is_refused(noise: str) -> None:
+    shared = nn.Linear(CLASSES, CLASSES)
+    group: Any = Alone(nn.Sequential(shared, nn.Tanh(), shared))
+    x, target = torch.randn(4, CLASSES), torch.randint(0, CLASSES, (4,))
+    with pytest.raises(ValueError, match="a Linear is used again: use noise='boundary'"):
+        lct.LikelihoodRatio(noise, copies=2).local_step(group, x, target, OBJECTIVE, OBJECTIVE.scale(target))
+
+
 @pytest.mark.parametrize("noise", ["logits", "weights", "hybrid"])
 def test_learned_scales_of_layers(noise: str) -> None:
     layers, x, target = made("conv")
