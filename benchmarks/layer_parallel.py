@@ -7,7 +7,7 @@
 All add to one file. `states`: a small net with its weights held, full batch, until the states stand still; the jump
 lambda_{k+1} - x_k over beta, and kappa against the adjoint that back-propagation gives. `digits`: `lct-fast train` with
 the defaults of each method, K = 2 and 4, without and with one serial epoch in five, beside backprop; a run that is in
-the file is not repeated. `cifar10`: one short run of each method on a pre-activation ResNet, to see that it trains.
+the file is not repeated. `cifar10`: one short run of each method on a small wide ResNet, to see that it trains.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from lct_fast.bench.machine import header
 BETAS = (1.0, 2.0, 4.0, 8.0, 16.0)
 SAMPLES = 24
 # Steps after which the states stand still to the last places of fp32.
-STEPS = 1500
+STEPS = 3000
 METHODS = ("penalty", "augmented-lagrangian")
 SHARES = (0.0, 0.2)
 GROUPS = (2, 4)
-RESNET = "preact_resnet:blocks=1-1-1-1,width=16"
+RESNET = "wide_resnet:depth=10,widen=1"
 
 
 def small_net(seed: int = 0) -> nn.Sequential:
@@ -115,8 +115,8 @@ def runs(part: str, seeds: int, data: str | None) -> dict[str, list[str]]:
     """Options of every run of a part, by its name."""
     found = {}
     if part == "cifar10":
-        shared = ["--data", f"cifar10:{data}", "--limit", "2000", "--model", RESNET, "--groups", "2"]
-        shared += ["--epochs", "5", "--batch-size", "50"]
+        shared = ["--data", f"cifar10:{data}", "--limit", "2000", "--model", RESNET, "--split", "layer2"]
+        shared += ["--groups", "2", "--epochs", "10", "--batch-size", "50"]
         for method in (*METHODS, "backprop"):
             serial = [] if method == "backprop" else ["--serial", "0.2"]
             found[f"cifar10-{method}"] = [*shared, "--method", method, *serial]
@@ -129,6 +129,11 @@ def runs(part: str, seeds: int, data: str | None) -> dict[str, list[str]]:
                         *("--data", "digits", "--method", method, "--groups", str(k)),
                         *("--serial", str(q), "--seed", str(seed)),
                     ]
+        for q in SHARES:
+            found[f"digits-penalty-auxiliary-K4-q{q:g}-seed{seed}"] = [
+                *("--data", "digits", "--method", "penalty", "--auxiliary", "--groups", "4"),
+                *("--serial", str(q), "--seed", str(seed)),
+            ]
         found[f"digits-backprop-seed{seed}"] = [
             "--data",
             "digits",

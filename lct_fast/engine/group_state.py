@@ -134,6 +134,8 @@ def _pending_state(pending: Pending) -> dict[str, Any]:
 
 def _pending(state: dict[str, Any], device: torch.device) -> Pending:
     names = ("u", "dlogits", "loss", "scale", "target", "samples")
+    # A checkpoint from before slots held samples lacks these.
+    state = {"samples": None, "kept": {}, "era": 0} | state
     tensors = {n: state[n] if state[n] is None else state[n].to(device) for n in names}
     layers = {n: (x.to(device), g.to(device)) for n, (x, g) in state["layers"].items()}
     kept = {n: t.to(device) for n, t in state["kept"].items()}
