@@ -129,5 +129,9 @@ def test_what_the_docs_say_of_the_losses_holds_for_every_seed() -> None:
     for seed in critics.PARTS["seeds"].seeds:
         half, l1 = (runs[f"screen-{losses[loss]}-seed{seed}"] for loss in ("half_sided", "l1"))
         assert all(a > b for a, b in zip(half, l1, strict=True)), seed
-        greedy = runs[f"screen-{critics.Contender('greedy', POOLED).name}-seed{seed}"]
+        greedy, wide = (
+            runs[f"screen-{critics.Contender('greedy', critic).name}-seed{seed}"]
+            for critic in (POOLED, "pooled_linear:pool=8")
+        )
         assert all(a > b for a, b in zip(greedy[:-1], half[:-1], strict=True)), seed
+        assert wide[0] > greedy[0] and wide[2] < greedy[2], seed
