@@ -96,12 +96,42 @@ def test_an_unknown_contender_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     assert "--contenders: no best; known: backprop, greedy-" in capsys.readouterr().err
 
 
-def test_the_tables_in_the_docs_are_those_of_the_file() -> None:
-    file = json.loads((ROOT / "benchmarks/results/critics.json").read_text())
+def _file() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((ROOT / "benchmarks/results/critics.json").read_text())
+    return loaded
+
+
+def _docs_table(after: str) -> list[list[str]]:
+    """Cells of the first table in docs/critics.md behind ``after``."""
     page = (ROOT / "docs/critics.md").read_text()
-    assert "screen" in file
+    lines = page[page.index(after) :].split("\n|---", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_the_tables_in_the_docs_are_those_of_the_file() -> None:
+    file = _file()
+    assert {"screen", "seeds"} <= file.keys()
     for part in file.keys() & critics.PARTS.keys():
-        start = page.index(f"`python -m benchmarks.critics {part}`")
-        table = page[start:].split("\n|---", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
-        found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
-        assert found == [critics.cells(row) for row in file[part]["rows"]], part
+        rows = file[part]["rows"]
+        found = _docs_table(f"`python -m benchmarks.critics {part}`")
+        assert found == [critics.cells(row) for row in rows], part
+    # The last group's own gradient is the true one.
+    cosines = [
+        [*critics.cells(row)[:3], *(f"{c:.2f}" for c in row["gradient_cosine"][:-1])]
+        for row in file["seeds"]["rows"]
+    ]
+    assert _docs_table("The cosine of each group's gradient") == cosines
+
+
+def test_what_the_docs_say_of_the_losses_holds_for_every_seed() -> None:
+    runs = {r["name"]: r["exit_test_accuracy"] for r in _file()["seeds"]["runs"]}
+    losses = {c.loss: c.name for c in critics.FINALISTS if c.method == "local-critic"}
+    for seed in critics.PARTS["seeds"].seeds:
+        half, l1 = (runs[f"screen-{losses[loss]}-seed{seed}"] for loss in ("half_sided", "l1"))
+        assert all(a > b for a, b in zip(half, l1, strict=True)), seed
+        greedy, wide = (
+            runs[f"screen-{critics.Contender('greedy', critic).name}-seed{seed}"]
+            for critic in (POOLED, "pooled_linear:pool=8")
+        )
+        assert all(a > b for a, b in zip(greedy[:-1], half[:-1], strict=True)), seed
+        assert wide[0] > greedy[0] and wide[2] < greedy[2], seed
