@@ -31,8 +31,11 @@ METHODS = {
     "penalty, q = 0.2": ["--method", "penalty", "--serial", "0.2"],
     "augmented-lagrangian": ["--method", "augmented-lagrangian"],
     "augmented-lagrangian, q = 0.2": ["--method", "augmented-lagrangian", "--serial", "0.2"],
-    "likelihood-ratio, boundary": ["--method", "likelihood-ratio", "--noise", "boundary"],
-    "likelihood-ratio, layer-wise": ["--method", "likelihood-ratio", "--noise", "logits"],
+    "likelihood-ratio, boundary, 8 copies": ["--method", "likelihood-ratio", "--copies", "8"],
+    "likelihood-ratio, layer-wise, 8 copies, mlp": [
+        *("--method", "likelihood-ratio", "--noise", "logits", "--copies", "8"),
+        *("--model", "mlp:hidden=64,depth=3"),
+    ],
 }
 
 
