@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import likelihood_ratio as benchmark
-from lct_fast.cli.config import Config, likelihood_ratio, resolve
+from lct_fast.cli.build_method import likelihood_ratio
+from lct_fast.cli.config import Config, resolve
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/likelihood_ratio.json"

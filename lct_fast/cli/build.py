@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from lct_fast import data, models
-from lct_fast.cli.config import LAYER_PARALLEL, Config, ConfigError, likelihood_ratio
+from lct_fast.cli.build_method import build_method, on_cuda
+from lct_fast.cli.options import LAYER_PARALLEL, Config, ConfigError
 from lct_fast.data import Batches, ImageData, TextData, Windows
 from lct_fast.engine import Async, Hybrid, Trainer, split
 from lct_fast.engine.group import Group
-from lct_fast.methods import METHODS, LayerParallel, LikelihoodRatio, LocalCritic, Method
 
 
 def set_up(config: Config) -> list[torch.device]:
@@ -185,7 +185,7 @@ def build_trainer(
     """
     return Trainer(
         groups,
-        _method(config),
+        build_method(config),
         codec=config.codec,
         devices=devices,
         optimizer=partial(_optimizer, config),
@@ -219,24 +219,9 @@ def _schedule(config: Config, steps: int) -> str | Hybrid | Async:
     return config.schedule
 
 
-def _method(config: Config) -> Method:
-    if config.method == LocalCritic.name:
-        return LocalCritic(
-            config.critic_every,
-            config.critic_loss,
-            partial(_critic_optimizer, config),
-            target=config.critic_target,
-        )
-    if config.method in LAYER_PARALLEL:
-        return LayerParallel(config.method.replace("-", "_"), config.beta, config.eta, config.auxiliary)
-    if config.method == LikelihoodRatio.name:
-        return likelihood_ratio(config)
-    return METHODS[config.method]()
-
-
 def _optimizer(config: Config, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     lr, decay, params = config.lr, config.weight_decay, list(params)
-    fused = _on_cuda(params)
+    fused = on_cuda(params)
     if config.optimizer == "sgd":
         nesterov = config.momentum > 0
         return torch.optim.SGD(
@@ -244,16 +229,6 @@ def _optimizer(config: Config, params: Iterable[nn.Parameter]) -> torch.optim.Op
         )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(params, lr, weight_decay=decay, fused=fused)
-
-
-def _critic_optimizer(config: Config, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    params = list(params)
-    return torch.optim.Adam(params, config.critic_lr, fused=_on_cuda(params))
-
-
-def _on_cuda(params: list[nn.Parameter]) -> bool:
-    """Whether torch's fused optimisers are the faster ones, and can be part of a CUDA graph."""
-    return all(p.is_cuda for p in params)
 
 
 def _scheduler(

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lct_fast.cli import main
-from lct_fast.cli.config import ConfigError, likelihood_ratio, resolve
+from lct_fast.cli.build_method import likelihood_ratio
+from lct_fast.cli.config import ConfigError, resolve
 
 METHOD = {"method": "likelihood-ratio"}
 
