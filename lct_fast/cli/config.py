@@ -55,7 +55,9 @@ class Config:
     critic_target: str = _option(
         "next", "whose loss critics foretell (local-critic); last: in lockstep only", TARGETS
     )
-    critic_lr: float = _option(1e-4, "the critics' Adam learning rate (local-critic)")
+    critic_lr: float = _option(
+        None, "the critics' Adam learning rate (local-critic); default 1e-3 for images, 1e-4 for the rest"
+    )
     codec: list[str] = _option(
         None, f"what crosses cuts in training, one for all or one a cut: auto | {' | '.join(codecs.names())}"
     )
@@ -133,10 +135,11 @@ _IMAGES = {
     "critic": ["pooled_linear:pool=4"],
     # docs/critics.md: with the paper's, short trainings stay far behind.
     "critic_loss": "half_sided",
+    "critic_lr": 1e-3,
     "codec": ["none"],
 }
 # Where a data set's table says nothing.
-_ELSEWHERE = {"critic_loss": "l1"}
+_ELSEWHERE = {"critic_loss": "l1", "critic_lr": 1e-4}
 
 
 def resolve(given: dict[str, Any]) -> Config:
