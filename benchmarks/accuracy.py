@@ -21,7 +21,7 @@ from typing import Any
 
 POOLED = "pooled_linear:pool=4"
 CONV = "conv_fc:convs=1,filters=32"
-# The paper's critic loss; the command line's own for images is another.
+# The paper's critic loss; the command line has another for images.
 L1 = ("--critic-loss", "l1")
 
 
@@ -51,8 +51,16 @@ def cifar10(data: str, images: int, epochs: int, seed: int) -> list[Run]:
         "backprop": ["--method", "backprop"],
         "greedy-pooled": ["--method", "greedy", "--critic", POOLED],
         "local-critic-pooled": ["--method", "local-critic", "--critic", POOLED, "--critic-lr", "1e-3", *L1],
-        "local-critic-pooled-lr1e-4": ["--method", "local-critic", "--critic", POOLED, *L1],
-        "local-critic-conv": ["--method", "local-critic", "--critic", CONV, *L1],
+        "local-critic-pooled-lr1e-4": [
+            "--method",
+            "local-critic",
+            "--critic",
+            POOLED,
+            "--critic-lr",
+            "1e-4",
+            *L1,
+        ],
+        "local-critic-conv": ["--method", "local-critic", "--critic", CONV, "--critic-lr", "1e-4", *L1],
         "greedy-conv": ["--method", "greedy", "--critic", CONV],
     }
     common = [

@@ -28,10 +28,10 @@ _IMAGES = {
     "critic": ["pooled_linear:pool=4"],
     # docs/critics.md: with the paper's, short trainings stay far behind.
     "critic_loss": "half_sided",
+    "critic_lr": 1e-3,
     "codec": ["none"],
     "optimizer": "sgd",
     "weight_decay": 5e-4,
-    "critic_lr": 1e-4,
 }
 # Characters; docs/text.md has what was tried.
 _TEXT = {

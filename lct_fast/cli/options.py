@@ -59,7 +59,8 @@ class Config:
         "next", "whose loss critics foretell (local-critic); last: in lockstep only", TARGETS
     )
     critic_lr: float = _option(
-        None, "the critics' Adam learning rate (local-critic); default 1e-4, of a text 5e-4"
+        None,
+        "the critics' Adam learning rate (local-critic); default 1e-3 for images, 5e-4 for a text, 1e-4 for digits",
     )
     beta: float = _option(None, "weight of the penalty (penalty, augmented-lagrangian)")
     eta: float | None = _option(None, "step of lambda (penalty, augmented-lagrangian); default 0.2 / beta")

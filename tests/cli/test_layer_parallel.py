@@ -15,6 +15,7 @@ import torch
 
 import lct_fast as lct
 from lct_fast.cli import build, main
+from lct_fast.cli.build_method import build_method
 from lct_fast.cli.config import ConfigError, resolve
 from lct_fast.engine import checkpoint
 from tests.cli.test_torchrun import SMALL, _metrics, _run, _same_records, _torchrun, _weights
@@ -31,7 +32,7 @@ def _undo_global_state(threads: None) -> None:
 def test_defaults_and_options() -> None:
     config = resolve({"method": "penalty"})
     assert (config.lr, config.beta, config.eta, config.serial_block) == (0.005, 0.01, None, None)
-    method = build._method(resolve({"method": "augmented-lagrangian", "beta": 0.1, "eta": 1.0}))
+    method = build_method(resolve({"method": "augmented-lagrangian", "beta": 0.1, "eta": 1.0}))
     assert isinstance(method, lct.LayerParallel)
     assert (method.kind, method.beta, method.eta) == ("augmented_lagrangian", 0.1, 1.0)
     # An epoch of serial batches, for these methods alone.

@@ -367,9 +367,10 @@ def test_config_file_and_flags(tmp_path: Path) -> None:
     )
 
 
-def test_the_critic_loss_is_the_papers_but_for_images() -> None:
+def test_critics_learn_as_in_the_paper_but_for_images() -> None:
     assert resolve({}).critic_loss == resolve({"data": "digits:fold=1"}).critic_loss == "l1"
-    assert resolve({"data": "cifar10:PATH"}).critic_loss == "half_sided"
+    images = resolve({"data": "cifar10:PATH"})
+    assert (images.critic_loss, images.critic_lr, resolve({}).critic_lr) == ("half_sided", 1e-3, 1e-4)
     assert resolve({"data": "cifar10:PATH", "critic_loss": "l1"}).critic_loss == "l1"
     assert lct.LocalCritic().loss == "l1"
 
