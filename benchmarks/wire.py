@@ -22,10 +22,12 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from benchmarks.accuracy import L1, POOLED, Run, execute
+from benchmarks.accuracy import POOLED, Run, execute
 from lct_fast.data.digits import FOLDS
 
 METHODS = ("greedy", "local-critic")
+# Of CIFAR-10's critics: the default for images.
+LOSS = {"greedy": [], "local-critic": ["--critic-loss", "half_sided"]}
 # Bits a value without codebooks.
 BITS = {
     "none": 32.0,
@@ -58,20 +60,22 @@ def digits(codecs: Iterable[str], seeds: int) -> list[Run]:
     ]
 
 
-def cifar10(codecs: Iterable[str], seeds: int, data: str, images: int, epochs: int) -> list[Run]:
+def cifar10(
+    codecs: Iterable[str], seeds: int, data: str, images: int, epochs: int, methods: Iterable[str] = METHODS
+) -> list[Run]:
     """LCT's net (a) at a quarter of its width, 4 groups, critics on 4x4 pooling."""
     return [
         Run(
-            f"{method}-{_safe(codec)}-seed{seed}",
+            f"{'-'.join([method, *LOSS[method][1:2]])}-{_safe(codec)}-seed{seed}",
             [
                 *("--data", f"cifar10:{data}", "--limit", str(images), "--model", "lct_vgg:width=0.25"),
                 *("--groups", "4", "--critic", POOLED, "--epochs", str(epochs), "--method", method),
-                *("--critic-lr", "1e-3", *L1, "--codec", *codec.split(), "--seed", str(seed)),
+                *("--critic-lr", "1e-3", *LOSS[method], "--codec", *codec.split(), "--seed", str(seed)),
             ],
         )
         for seed in range(seeds)
         for codec in codecs
-        for method in METHODS
+        for method in methods
     ]
 
 
@@ -130,7 +134,11 @@ def main() -> int:
     )
     parser.add_argument("suite", choices=("digits", "cifar10"))
     parser.add_argument("--codecs", nargs="+", help="codecs, none among them; one for each cut in quotes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="cifar10: methods")
     parser.add_argument("--seeds", type=int, default=1, help="seeds, from 0")
+    parser.add_argument(
+        "--collect", action="store_true", help="start no run: the result file of those that are complete"
+    )
     parser.add_argument("--data", help="cifar10: the data set's PATH")
     parser.add_argument("--images", type=int, default=12500, help="cifar10: training images")
     parser.add_argument("--epochs", type=int, default=8, help="cifar10: epochs")
@@ -148,8 +156,10 @@ def main() -> int:
     if args.suite == "digits":
         runs = digits(codecs, args.seeds)
     else:
-        runs = cifar10(codecs, args.seeds, args.data, args.images, args.epochs)
+        runs = cifar10(codecs, args.seeds, args.data, args.images, args.epochs, args.methods)
     folder = args.runs or Path("runs") / f"wire-{args.suite}"
+    if args.collect:
+        runs = [run for run in runs if (folder / run.name / "summary.json").exists()]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.jobs) as pool:

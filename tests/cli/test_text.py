@@ -146,10 +146,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert main(["train", *options, "--out", str(whole)]) == 0
     step = lct.Trainer.step
 
-    def stops(self: lct.Trainer, x: torch.Tensor, y: torch.Tensor) -> lct.Stats:
+    def stops(self: lct.Trainer, *batch: Any) -> lct.Stats:
         if self.batch == 18:
             raise _PullThePlug
-        return step(self, x, y)
+        return step(self, *batch)
 
     with monkeypatch.context() as patch, pytest.raises(_PullThePlug):
         patch.setattr(lct.Trainer, "step", stops)
