@@ -20,42 +20,16 @@
 #include <string>
 
 #include "host_cuda.h"
+#include "host_driver.h"
 #include "lct/block_quantize.h"
 
 namespace {
 
-int failures = 0;
-
-template <typename... Arguments>
-void fail(const char* format, Arguments... args) {
-  std::printf(format, args...);
-  std::printf("\n");
-  ++failures;
-}
-
-// Memory of exactly this size, `skip` bytes past malloc's alignment, all bits set.
-class Buffer {
- public:
-  Buffer(int64_t bytes, int64_t skip)
-      : bytes_(bytes), memory_(static_cast<char*>(std::malloc(skip + bytes))) {
-    data_ = memory_.get() + skip;
-    std::memset(memory_.get(), 0xff, skip + bytes);
-  }
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-  void fill(const std::string& from, size_t start) const { std::memcpy(data_, from.data() + start, bytes_); }
-  std::string bytes() const { return std::string(data_, bytes_); }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  int64_t bytes_;
-  std::unique_ptr<char, Free> memory_;
-  char* data_;
-};
+using host_driver::Buffer;
+using host_driver::check_calls;
+using host_driver::expect_error;
+using host_driver::fail;
+using host_driver::failures;
 
 struct Case {
   int64_t size, block;
@@ -96,34 +70,10 @@ std::string dequantize(const Case& c, const std::string& in) {
   return x.bytes();
 }
 
-void expect_error(const char* what, cudaError_t got, cudaError_t wanted) {
-  if (got != wanted) fail("%s: error %d, expected %d", what, static_cast<int>(got), static_cast<int>(wanted));
-}
-
 template <typename Args>
 void check_launch(Args args, cudaError_t (*run)(const Args&, int, cudaStream_t)) {
-  const auto stream = reinterpret_cast<cudaStream_t>(uintptr_t{0x5eed});
-  for (const int device : {0, 1}) {
-    host_cuda::device = 1 - device;
-    host_cuda::last_stream = nullptr;
-    host_cuda::calls = 0;
-    expect_error("a plain call", run(args, device, stream), cudaSuccess);
-    if (host_cuda::last_device != device) fail("ran on device %d, not on %d", host_cuda::last_device, device);
-    if (host_cuda::last_stream != stream) fail("did not use the stream");
-    if (host_cuda::device != 1 - device) fail("left another device current");
-
-    // Whichever call fails, the launcher says so and puts the device back. (The last call is what does.)
-    const int calls = host_cuda::calls;
-    for (int i = 0; i + 1 < calls; ++i) {
-      host_cuda::calls = 0;
-      host_cuda::fail_at_call = i;
-      expect_error("a failing call", run(args, device, stream), cudaErrorUnknown);
-      if (host_cuda::device != 1 - device) fail("left another device current after call %d failed", i);
-    }
-    host_cuda::fail_at_call = -1;
-  }
-  host_cuda::device = 0;
-  expect_error("no such device", run(args, 2, stream), cudaErrorInvalidDevice);
+  const cudaStream_t stream = nullptr;
+  check_calls([&](int device, cudaStream_t on) { return run(args, device, on); });
   for (const int64_t block : {0, 1, 16, 48, 96, 512, -64}) {
     args.block = block;
     expect_error("an unknown block", run(args, 0, stream), cudaErrorInvalidValue);

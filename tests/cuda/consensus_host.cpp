@@ -19,43 +19,16 @@
 #include <string>
 
 #include "host_cuda.h"
+#include "host_driver.h"
 #include "lct/consensus.h"
 
 namespace {
 
-int failures = 0;
-
-template <typename... Arguments>
-void fail(const char* format, Arguments... args) {
-  std::printf(format, args...);
-  std::printf("\n");
-  ++failures;
-}
-
-// Memory of exactly this size, all bits set.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : bytes_(bytes), memory_(static_cast<char*>(std::malloc(bytes))) {
-    std::memset(memory_.get(), 0xff, bytes);
-  }
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(memory_.get());
-  }
-  // Takes its bytes of `from`, which begin at `at`, and moves that on.
-  void fill(const std::string& from, size_t& at) const {
-    std::memcpy(memory_.get(), from.data() + at, bytes_);
-    at += bytes_;
-  }
-  std::string bytes() const { return std::string(memory_.get(), bytes_); }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  int64_t bytes_;
-  std::unique_ptr<char, Free> memory_;
-};
+using host_driver::Buffer;
+using host_driver::check_calls;
+using host_driver::expect_error;
+using host_driver::fail;
+using host_driver::failures;
 
 struct Case {
   int64_t rows, depth;
@@ -71,8 +44,8 @@ std::string adjoint(const Case& c, const std::string& in) {
   const Buffer x(c.size() * c.element()), lambda(4 * c.size()), kappa(4 * c.size());
   const Buffer loss(4 * c.rows), p(c.size() * c.element());
   size_t at = 0;
-  x.fill(in, at);
-  lambda.fill(in, at);
+  at = x.fill(in, at);
+  at = lambda.fill(in, at);
   if (c.multipliers) kappa.fill(in, at);
   const cudaError_t error = lct::consensus_adjoint_cuda(
       {x.as<void>(), lambda.as<float>(), c.multipliers ? kappa.as<float>() : nullptr, loss.as<float>(),
@@ -86,9 +59,9 @@ std::string update(const Case& c, const std::string& in) {
   const Buffer p(c.size() * c.element()), x_prev(c.size() * c.element());
   const Buffer lambda(4 * c.size()), kappa(4 * c.size()), next(4 * c.size()), after(4 * c.size());
   size_t at = 0;
-  p.fill(in, at);
-  x_prev.fill(in, at);
-  lambda.fill(in, at);
+  at = p.fill(in, at);
+  at = x_prev.fill(in, at);
+  at = lambda.fill(in, at);
   if (c.multipliers) kappa.fill(in, at);
   const cudaError_t error = lct::consensus_update_cuda(
       {lambda.as<float>(), c.multipliers ? kappa.as<float>() : nullptr, p.as<void>(), x_prev.as<void>(),
@@ -98,34 +71,10 @@ std::string update(const Case& c, const std::string& in) {
   return next.bytes() + after.bytes();
 }
 
-void expect_error(const char* what, cudaError_t got, cudaError_t wanted) {
-  if (got != wanted) fail("%s: error %d, expected %d", what, static_cast<int>(got), static_cast<int>(wanted));
-}
-
 template <typename Args>
 void check_launch(Args args, int64_t Args::*size, cudaError_t (*run)(const Args&, int, cudaStream_t)) {
-  const auto stream = reinterpret_cast<cudaStream_t>(uintptr_t{0x5eed});
-  for (const int device : {0, 1}) {
-    host_cuda::device = 1 - device;
-    host_cuda::last_stream = nullptr;
-    host_cuda::calls = 0;
-    expect_error("a plain call", run(args, device, stream), cudaSuccess);
-    if (host_cuda::last_device != device) fail("ran on device %d, not on %d", host_cuda::last_device, device);
-    if (host_cuda::last_stream != stream) fail("did not use the stream");
-    if (host_cuda::device != 1 - device) fail("left another device current");
-
-    // Whichever call fails, the launcher says so and puts the device back. (The last call is what does.)
-    const int calls = host_cuda::calls;
-    for (int i = 0; i + 1 < calls; ++i) {
-      host_cuda::calls = 0;
-      host_cuda::fail_at_call = i;
-      expect_error("a failing call", run(args, device, stream), cudaErrorUnknown);
-      if (host_cuda::device != 1 - device) fail("left another device current after call %d failed", i);
-    }
-    host_cuda::fail_at_call = -1;
-  }
-  host_cuda::device = 0;
-  expect_error("no such device", run(args, 2, stream), cudaErrorInvalidDevice);
+  const cudaStream_t stream = nullptr;
+  check_calls([&](int device, cudaStream_t on) { return run(args, device, on); });
   args.*size = -1;
   expect_error("fewer than no values", run(args, 0, stream), cudaErrorInvalidValue);
   host_cuda::calls = 0;
