@@ -163,3 +163,20 @@ def test_wire_tables_are_the_result_files(heading: str, file: str) -> None:
     assert _rows(heading) == expected
     # Within a tenth of what the codecs' bits come to.
     assert all(row["bytes_over_theory"] < 0.1 for row in stored)
+
+
+def test_methods_table_is_the_result_file() -> None:
+    stored = json.loads((ROOT / "benchmarks/results/methods.json").read_text())["rows"]
+    expected = [
+        [
+            row["method"],
+            str(row["groups"]),
+            f"{row['accuracy']:.2f} ± {row['sd']:.2f}",
+            f"{row['seconds']:.0f}",
+            f"{row['wire_bytes_per_sample']:,.0f}",
+            f"{row['feedback_bytes_per_sample']:,.0f}",
+        ]
+        for row in stored
+    ]
+    assert _rows("Every method on the digits") == expected
+    assert all(row["seeds"] == len(row["values"]) for row in stored)
