@@ -180,3 +180,16 @@ def test_methods_table_is_the_result_file() -> None:
     ]
     assert _rows("Every method on the digits") == expected
     assert all(row["seeds"] == len(row["values"]) for row in stored)
+
+
+def test_predictions_are_those_of_the_result_file() -> None:
+    stored = json.loads((ROOT / "benchmarks/results/pipeline.json").read_text())["rows"]
+    expected = [
+        f"| {row['us_p50'] / 1e3:.1f} | {row['predicted_us'] / 1e3:.1f} | {100 * row['prediction_error']:+.1f} % |"
+        for row in stored
+        if "predicted_us" in row
+    ]
+    lines = (ROOT / "docs/planner.md").read_text().split("Against measured steps")[1].splitlines()
+    shown = [line for line in lines if line.startswith("| ") and line.endswith("% |")]
+    assert expected and len(shown) == len(expected)
+    assert all(line.endswith(end) for line, end in zip(shown, expected, strict=True))
