@@ -193,3 +193,18 @@ def test_predictions_are_those_of_the_result_file() -> None:
     shown = [line for line in lines if line.startswith("| ") and line.endswith("% |")]
     assert expected and len(shown) == len(expected)
     assert all(line.endswith(end) for line, end in zip(shown, expected, strict=True))
+
+
+def test_link_table_is_the_result_files() -> None:
+    loopback, slow = (
+        json.loads((ROOT / f"benchmarks/results/link_{name}.json").read_text())["codecs"]
+        for name in ("loopback", "100mbit")
+    )
+    lines = (ROOT / "docs/codecs.md").read_text().split("| codec | MB a step |")[1].splitlines()
+    shown = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    assert shown == [
+        [f"`{codec}`", f"{row['bytes_a_step'] / 1e6:.3f}"]
+        + [f"{1e3 * found[codec]['seconds_median']:.1f}" for found in (loopback, slow)]
+        for codec, row in slow.items()
+        if codec != "auto"
+    ]
