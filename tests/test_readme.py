@@ -208,3 +208,16 @@ def test_link_table_is_the_result_files() -> None:
         for codec, row in slow.items()
         if codec != "auto"
     ]
+
+
+def test_scaling_table_is_the_result_file() -> None:
+    stored = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())["rows"]
+    lines = (ROOT / "docs/scaling.md").read_text().splitlines()
+    shown = [line for line in lines if line.startswith(("| as measured", "| 200x"))]
+    assert shown == [
+        f"| {r['speed']} | {r['link']} | {r['workers']} | {r['decoupled_s']:.4g} | {r['decoupled_vq_s']:.4g} | "
+        f"{r['best_pipeline_s']:.4g} | {r['best_pipeline']} | "
+        f"{min(r['decoupled_s'], r['decoupled_vq_s']) / r['best_pipeline_s']:.2f} |"
+        for r in stored
+        if r["microbatches"] == 32
+    ]
