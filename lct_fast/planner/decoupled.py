@@ -20,7 +20,7 @@ def pipelined(
     """A step of ``microbatches`` once the pipeline is full, and the seconds that filling it takes, once a run.
 
     Group k works on batch t - k at tick t: it decodes, trains on its own loss, encodes and sends on. It waits for its
-    input and for room in its outgoing slots. Nothing but losses travels back, whose bytes are not counted.
+    input, and what it sends for a free slot at the next group. Nothing but losses travels back; they are not counted.
 
     Args:
         ratio: how many times fewer bytes the codec sends.
@@ -30,7 +30,7 @@ def pipelined(
     transfer = np.asarray([link.seconds(c.activation_bytes / ratio) for c in costs])
     # Long enough that the slowest group or link sets the pace at the end.
     batches = 4 * DEPTH + 2 * count + 32
-    end, over, taken = (np.zeros((count, DEPTH)) for _ in range(3))
+    taken = np.zeros((count, DEPTH))
     arrival = np.zeros(count)
     finished = np.zeros(batches)
     last = np.zeros(count)
@@ -39,22 +39,20 @@ def pipelined(
         k = np.arange(max(0, tick - batches + 1), min(count, tick + 1))
         batch = tick - k
         slot = batch % DEPTH
-        # Room: the batch that held this slot has left for the next group.
-        begin = np.maximum(last[k], np.maximum(arrival[k], over[k, slot]))
-        done = begin + work[k]
-        end[k, slot], last[k] = done, done
-        taken[k, slot] = done
+        done = np.maximum(last[k], arrival[k]) + work[k]
+        last[k] = taken[k, slot] = done
         # It leaves when the link is free and the next group has let go of the slot it goes to.
         after = np.minimum(k + 1, count - 1)
         room = np.where((batch >= DEPTH) & (k < count - 1), taken[after, slot], 0.0)
         leaves = np.maximum(np.maximum(done, sent_until[k]), room)
-        sent_until[k] = over[k, slot] = leaves + transfer[k]
+        sent_until[k] = leaves + transfer[k]
         inner = k < count - 1
-        arrival[k[inner] + 1] = over[k[inner], slot[inner]] + link.latency
+        arrival[k[inner] + 1] = sent_until[k[inner]] + link.latency
         if k[-1] == count - 1:
             finished[batch[-1]] = done[-1]
-    half = batches // 2
-    pace = float(finished[-1] - finished[half]) / (batches - 1 - half)
+    # Whole rounds of slots: batches of a round may come close together.
+    late = DEPTH * (batches // (2 * DEPTH))
+    pace = float(finished[-1] - finished[-1 - late]) / late
     # The last group sends nothing.
     nbytes = microbatches * sum(c.activation_bytes for c in costs[:-1]) / ratio
     inputs = np.asarray([0.0, *(c.activation_bytes for c in costs[:-1])])

@@ -112,6 +112,13 @@ def test_a_slow_link_is_the_pace_of_all_but_async() -> None:
     assert free.seconds == 3.0 and free.nbytes == 2 * 60
 
 
+def test_a_slot_is_free_once_its_batch_is_trained_on() -> None:
+    # Two slots: every second batch waits for 1 of transfer, 10 of latency and 3 of work.
+    costs = [GroupCost(1, 2, activation_bytes=100)] * 2
+    step, fill = decoupled.pipelined(costs, 1, Link(100.0, 10.0))
+    assert step.seconds == pytest.approx((1 + 10 + 3) / 2) and fill == 3 + 1 + 10 + 3
+
+
 def test_a_slow_consumer_holds_up_its_producer() -> None:
     costs = [GroupCost(1, 1), GroupCost(1, 1), GroupCost(2, 3)]
     step, fill = decoupled.pipelined(costs, 1, FREE)
