@@ -1,97 +1,141 @@
 """What the planner predicts for the contenders of `benchmarks.pipeline`, from costs measured in the same two processes.
 
 Each process measures its own group while the other measures its own, as they will run: two busy cores share caches and
-memory.
+memory. Costs take turns with the contenders, as the machine's speed changes by the minute, and are averaged likewise.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from statistics import mean, median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.pipeline_gather import WORKERS, gathered
-from benchmarks.pipeline_model import CODEC, CONV, FORMATS, POOLED, Task, in_format
+from benchmarks.pipeline_model import POOLED, Task, in_format
+from benchmarks.pipeline_rivals import Contender, Setting
 from lct_fast.planner import decoupled, orders
 from lct_fast.planner.costs import GroupCost, Link
-from lct_fast.planner.measure import measure_group
+from lct_fast.planner.measure import GroupTimer
 from lct_fast.planner.plan import DDP, plan
 from lct_fast.planner.simulate import simulate
 
+COSTS = "costs"
+# Kinds of contenders that the planner knows.
+PREDICTED = ("GPipe", "1F1B", DDP, "decoupled")
 _SMALL, _LARGE, _TRIPS = 8, 1 << 21, 20
 Row = dict[str, Any]
 
 
-def measured(task: Task, counts: list[int], rank: int) -> dict[str, Any]:
-    """Both groups' costs, {"format critic codec": {microbatches: [group 1, group 2]}}, and the link between them."""
-    found: dict[str, Any] = {"link": _link(rank)}
-    for format in FORMATS:
-        found[_key(format, POOLED, "")] = {m: _costs(task, format, POOLED, "none", m, rank) for m in counts}
-    for critic, codec in ((CONV, ""), (POOLED, CODEC)):
-        found[_key("channels_last", critic, codec)] = {
-            1: _costs(task, "channels_last", critic, codec or "none", 1, rank)
-        }
+def needed(settings: Iterable[Setting]) -> list[Setting]:
+    """The costs that the predictions of these contenders need."""
+    found = {
+        Setting(COSTS, s.format, _parts(s), "", s.critic or POOLED, s.codec)
+        for s in settings
+        if s.kind in PREDICTED
+    }
+    return sorted(found, key=lambda s: s.name)
+
+
+def _parts(setting: Setting) -> int:
+    # With DDP each process takes its half of the batch through both groups.
+    return WORKERS if setting.kind == DDP else setting.microbatches
+
+
+class Costs(Contender):
+    """This process's group, timed kind by kind of work."""
+
+    def __init__(self, task: Task, setting: Setting, rank: int) -> None:
+        super().__init__(task, setting, rank)
+        groups = task.groups(setting.critic)
+        for group in groups:
+            in_format(group, setting.format)
+        rows = task.batch // setting.microbatches
+        self.timer = GroupTimer(groups, rank, rows, setting.codec or "none")
+        self.found: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        self.timer.round()
+
+    def run(self, steps: int) -> float:
+        """As many rounds as take the time of ``steps`` batches, more or less, after one that is not counted."""
+        self.step()
+        self.timer.cost()
+        begin = time.perf_counter()
+        for _ in range(max(1, steps * self.setting.microbatches // 4)):
+            self.step()
+        self.found.append(asdict(self.timer.cost(mean)))
+        return time.perf_counter() - begin
+
+
+def visits(contenders: Iterable[Costs]) -> dict[str, Any]:
+    """Both groups' costs, {"format critic codec": {microbatches: [[group 1, group 2] of each visit]}}."""
+    found: dict[str, Any] = {}
+    for costs in contenders:
+        parts = gathered(costs.found)
+        found.setdefault(_key(costs.setting), {})[str(costs.setting.microbatches)] = list(
+            map(list, zip(*parts, strict=True))
+        )
     return found
 
 
-def _key(format: str, critic: str, codec: str) -> str:
-    return " ".join((format, critic, codec)).strip()
+def _key(setting: Setting) -> str:
+    return " ".join((setting.format, setting.critic or POOLED, setting.codec)).strip()
 
 
-def _costs(task: Task, format: str, critic: str, codec: str, microbatches: int, rank: int) -> list[Row]:
-    groups = task.groups(critic)
-    in_format(groups[0].cut.model, format)
-    dist.barrier()
-    return gathered(asdict(measure_group(groups, rank, task.batch // microbatches, codec)))
+def link(rank: int) -> dict[str, float]:
+    """``Link``'s attributes, of messages that nothing else disturbs."""
+    (small, small_own), (large, large_own) = (_one_way(size, rank) for size in (_SMALL, _LARGE))
+    return {
+        "latency": small,
+        "bandwidth": _LARGE / max(large - small, 1e-9),
+        "worker_s": small_own,
+        "worker_s_per_byte": max(large_own - small_own, 0.0) / _LARGE,
+    }
 
 
-def _link(rank: int) -> dict[str, float]:
-    """Seconds until a small message has come, and bytes a second of a large one."""
-    small, large = (_one_way(size, rank) for size in (_SMALL, _LARGE))
-    return {"latency": small, "bandwidth": _LARGE / max(large - small, 1e-9)}
-
-
-def _one_way(nbytes: int, rank: int) -> float:
+def _one_way(nbytes: int, rank: int) -> tuple[float, float]:
+    """Seconds until a message has come, and CPU seconds that it takes of a process, mean of sender and receiver."""
     message = torch.zeros(nbytes, dtype=torch.uint8)
     calls: tuple[Callable[..., Any], ...] = (dist.send, dist.recv)
     for trip in range(_TRIPS + 1):
         if trip == 1:
-            start = time.perf_counter()
+            start, own = time.perf_counter(), time.process_time()
         for call in calls if rank == 0 else calls[::-1]:
             call(message, 1 - rank)
-    return gathered((time.perf_counter() - start) / (2 * _TRIPS))[0]
+    own = time.process_time() - own
+    wall = gathered(time.perf_counter() - start)[0]
+    return wall / (2 * _TRIPS), mean(gathered(own)) / (2 * _TRIPS)
 
 
-def predicted(row: Row, costs: dict[str, Any]) -> float | None:
-    """Microseconds of a step of this contender; None for what is no schedule of the planner's."""
-    link, kind, m = Link(**costs["link"]), row["kind"], row["microbatches"]
-    if kind not in ("GPipe", "1F1B", "DDP", "decoupled"):
-        return None
-    table = costs[_key(row["format"], row["critic"] or POOLED, row["codec"])]
-
-    def groups(count: int) -> list[GroupCost]:
-        return [GroupCost(**cost) for cost in table[str(count)]]
-
-    if kind == "decoupled":
-        ratio = 32.0 if row["codec"] else 1.0
-        return 1e6 * decoupled.pipelined(groups(1), 1, link, ratio)[0].seconds
-    if kind == "DDP":
-        # Each process takes one half of the batch through both groups.
-        (ddp,) = (
-            p for p in plan({WORKERS: groups(WORKERS)}, WORKERS, link, {}).predictions if p.schedule == DDP
-        )
+def predicted(setting: Setting, groups: list[GroupCost], link: Link) -> float:
+    """Microseconds of a step of this contender."""
+    m = setting.microbatches
+    if setting.kind == "decoupled":
+        ratio = 32.0 if setting.codec else 1.0
+        return 1e6 * decoupled.pipelined(groups, 1, link, ratio)[0].seconds
+    if setting.kind == DDP:
+        (ddp,) = (p for p in plan({WORKERS: groups}, WORKERS, link, {}).predictions if p.schedule == DDP)
         return 1e6 * ddp.seconds
-    (schedule,) = (s for s in orders.SCHEDULES if s.name == kind)
-    return 1e6 * (simulate(schedule, groups(m), m, link).seconds + max(g.update_s for g in groups(m)))
+    (schedule,) = (s for s in orders.SCHEDULES if s.name == setting.kind)
+    return 1e6 * (simulate(schedule, groups, m, link).seconds + max(g.update_s for g in groups))
 
 
 def with_predictions(rows: list[Row], costs: dict[str, Any]) -> list[Row]:
-    """The rows, those of the full run with ``predicted_us`` and ``prediction_error``, a fraction of the median."""
+    """The rows, those of the full run with ``predicted_us``, the median over the visits of their costs, and
+    ``prediction_error``, a fraction of the measured median."""
+    link = Link(**costs["link"])
     out = []
     for row in rows:
-        us = None if row["screened_only"] else predicted(row, costs)
-        more = {} if us is None else {"predicted_us": us, "prediction_error": us / row["us_p50"] - 1}
+        more = {}
+        if not row["screened_only"] and row["kind"] in PREDICTED:
+            setting = Setting(
+                *(row[f] for f in ("kind", "format", "microbatches", "method", "critic", "codec"))
+            )
+            found = costs[_key(setting)][str(_parts(setting))]
+            us = median(predicted(setting, [GroupCost(**g) for g in visit], link) for visit in found)
+            more = {"predicted_us": us, "prediction_error": us / row["us_p50"] - 1}
         out.append(row | more)
     return out

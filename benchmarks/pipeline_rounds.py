@@ -18,6 +18,7 @@ from benchmarks.pipeline_check import Judge, merged
 from benchmarks.pipeline_gather import WORKERS, gathered
 from benchmarks.pipeline_local import Ceiling, Decoupled
 from benchmarks.pipeline_model import CODEC, CONV, FORMATS, POOLED, Task
+from benchmarks.pipeline_plan import COSTS, Costs
 from benchmarks.pipeline_rivals import Backprop, Contender, DataParallel, Pipeline, Setting, TwoThreads
 from lct_fast.bench.machine import FOREIGN, busy_seconds
 from lct_fast.engine.trace import write_trace
@@ -168,8 +169,7 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
         for critic in tqdm((POOLED, CONV), desc="balance"):
             setting = Setting("no link", "channels_last", 1, "local-critic", critic)
             found["balance"][critic] = pipeline_balance.measure(task, setting, plan.samples)._asdict()
-    counts = [m for m in (1, 2, 4, 8, 16) if m <= plan.microbatches]
-    found["costs"] = pipeline_plan.measured(task, counts, rank)
+    link = pipeline_plan.link(rank)
     judge = Judge(task)
     contenders = []
     for setting in tqdm(settings(plan.microbatches), disable=rank > 0, desc="set-up and checks"):
@@ -191,8 +191,12 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
     rows = rounds(contenders, screen, rank, since)
     names = gathered([row["name"] for row in kept(rows)])[0]
     rows = [row | {"screened_only": True} for row in rows if row["name"] not in names]
-    rows += rounds([c for c in contenders if c[0].name in names], plan, rank, since)
-    found["rows"] = rows
+    chosen = [c for c in contenders if c[0].name in names]
+    needed = pipeline_plan.needed(setting for setting, _ in chosen)
+    costs = [Costs(task, setting, rank) for setting in needed]
+    rows += rounds([*chosen, *zip(needed, costs, strict=True)], plan, rank, since)
+    found["rows"] = [row for row in rows if row["setting"]["kind"] != COSTS]
+    found["costs"] = {"link": link, **pipeline_plan.visits(costs)}
     found["meter"] = metered(contenders, Path(folder))
     found["seconds"] = time.monotonic() - since
     for _, contender in contenders:

@@ -43,6 +43,15 @@ def add_parser(subparsers: Any) -> None:
         "--link-gbps", type=float, default=100.0, help="link between workers, gigabits a second (100)"
     )
     parser.add_argument("--link-us", type=float, default=10.0, help="its latency, microseconds (10)")
+    parser.add_argument(
+        "--link-worker-us", type=float, default=0.0, help="a worker's own time on a message, microseconds (0)"
+    )
+    parser.add_argument(
+        "--link-worker-gbps",
+        type=float,
+        default=math.inf,
+        help="speed at which a worker itself copies messages, gigabits a second (without end: others copy)",
+    )
     parser.add_argument("--codec", default="vq:256,8", help="codec to compare with none (vq:256,8)")
     parser.add_argument("--memory-gb", type=float, help="memory of a worker")
     parser.add_argument(
@@ -62,7 +71,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs ``plan``."""
     _check(args)
-    link = Link(args.link_gbps * 1e9 / 8, args.link_us * 1e-6)
+    link = Link(
+        args.link_gbps * 1e9 / 8,
+        args.link_us * 1e-6,
+        args.link_worker_us * 1e-6,
+        8e-9 / args.link_worker_gbps,
+    )
     memory = math.inf if args.memory_gb is None else args.memory_gb * 1e9
     notes: list[str] = []
     if args.costs:
@@ -89,8 +103,12 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise PlanError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
-    if not 0 <= args.link_us < math.inf:
-        raise PlanError(f"--link-us: expected a number >= 0, got {args.link_us}")
+    for name in ("link_us", "link_worker_us"):
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            raise PlanError(f"--{name.replace('_', '-')}: expected a number >= 0, got {value}")
+    if not args.link_worker_gbps > 0:
+        raise PlanError(f"--link-worker-gbps: expected a positive number, got {args.link_worker_gbps}")
     for m in args.microbatches or ():
         if m < 1:
             raise PlanError(f"--microbatches: expected 1 or more, got {m}")

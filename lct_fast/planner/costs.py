@@ -52,14 +52,27 @@ class GroupCost:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Between neighbouring workers, each direction: bytes per second, and seconds until the first byte comes."""
+    """Between neighbouring workers, each direction.
+
+    Attributes:
+        bandwidth: bytes per second.
+        latency: seconds until the first byte comes.
+        worker_s: seconds that a worker itself spends on each message it sends or receives.
+        worker_s_per_byte: the same for each byte. Where a CPU both computes and copies to sockets, neither is 0.
+    """
 
     bandwidth: float
     latency: float = 0.0
+    worker_s: float = 0.0
+    worker_s_per_byte: float = 0.0
 
     def seconds(self, nbytes: float) -> float:
         """How long ``nbytes`` keep the link busy."""
         return nbytes / self.bandwidth
+
+    def worker_seconds(self, nbytes: float) -> float:
+        """How long a message of ``nbytes`` keeps the worker at either end from computing."""
+        return self.worker_s + nbytes * self.worker_s_per_byte
 
 
 def read_costs(path: Path) -> list[GroupCost]:

@@ -26,7 +26,7 @@ def pipelined(
         ratio: how many times fewer bytes the codec sends.
     """
     count = len(costs)
-    work = _work(costs, microbatches)
+    work = _work(costs, microbatches, link, ratio)
     transfer = np.asarray([link.seconds(c.activation_bytes / ratio) for c in costs])
     # Long enough that the slowest group or link sets the pace at the end.
     batches = 4 * DEPTH + 2 * count + 32
@@ -66,13 +66,19 @@ def asynchronous(costs: Sequence[GroupCost], microbatches: int, link: Link, rati
     No group waits for another; the step is over when the slowest has made its updates. A slow link makes groups train
     on the same batch again, which costs accuracy and no time.
     """
-    work = _work(costs, microbatches)
+    work = _work(costs, microbatches, link, ratio)
     seconds = microbatches * float(work.max())
     nbytes = sum(min(microbatches * c.activation_bytes / ratio, seconds * link.bandwidth) for c in costs[:-1])
     inputs = np.asarray([0.0, *(c.activation_bytes for c in costs[:-1])])
     return Step(seconds, microbatches * work, (1 + DEPTH / ratio) * inputs, nbytes)
 
 
-def _work(costs: Sequence[GroupCost], microbatches: int) -> NDArray[np.float64]:
-    """Seconds of each group for a microbatch, with its share of the optimiser's step."""
-    return np.asarray([c.decode_s + c.local_s + c.encode_s + c.update_s / microbatches for c in costs])
+def _work(costs: Sequence[GroupCost], microbatches: int, link: Link, ratio: float) -> NDArray[np.float64]:
+    """Seconds of each group for a microbatch, with its share of the optimiser's step and its part in the transfers."""
+    own = [link.worker_seconds(c.activation_bytes / ratio) for c in costs[:-1]]
+    return np.asarray(
+        [
+            c.decode_s + c.local_s + c.encode_s + c.update_s / microbatches + received + sent
+            for c, received, sent in zip(costs, [0.0, *own], [*own, 0.0], strict=True)
+        ]
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from lct_fast.engine.group import Group
 from lct_fast.methods import Greedy, Objective
 from lct_fast.planner.costs import GroupCost
 
-_REPEATS = 7
+_ROUNDS = 5
+# Microbatches whose activations are kept at the same time: nothing is found in the caches that a step would not find.
+_IN_FLIGHT = 2
 
 
 def measure(groups: Sequence[Group], rows: int, codec: str = "none") -> list[GroupCost]:
@@ -34,101 +37,139 @@ def measure(groups: Sequence[Group], rows: int, codec: str = "none") -> list[Gro
 
 
 def measure_group(groups: Sequence[Group], k: int, rows: int, codec: str = "none") -> GroupCost:
-    """As ``measure``, of ``groups[k]`` alone. Images are in channels-last memory if the group's weights are."""
+    """As ``measure``, of ``groups[k]`` alone: medians of a few rounds.
+
+    Images are in channels-last memory if the group's weights are.
+    """
     group = groups[k]
     kept = [b.clone() for b in group.buffers()]
     try:
-        return _measure(groups, k, rows, codec)
+        timer = GroupTimer(groups, k, rows, codec)
+        timer.round()
+        timer.cost()
+        for _ in range(_ROUNDS):
+            timer.round()
+        return timer.cost()
     finally:
         for buffer, value in zip(group.buffers(), kept, strict=True):
             buffer.copy_(value)
         group.zero_grad()
 
 
-def _measure(groups: Sequence[Group], k: int, rows: int, spec: str) -> GroupCost:
-    group = groups[k]
-    group.train()
-    parameter = next(group.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    example = groups[0].cut.example
-    x = _input(example, None if k == 0 else groups[k - 1].shape, rows, device)
-    weights = [p for p in group.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
-    if weights and weights[0].is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
-    target = torch.zeros(rows, dtype=torch.int64, device=device)
-    needs_gradient = k > 0
+class GroupTimer:
+    """Times the work of ``groups[k]`` on ``rows`` samples round by round, so that others can take turns with it.
 
-    def forward(x: Tensor) -> Tensor:
-        h: Tensor = group.layers(x)
-        return nn.functional.cross_entropy(group.critic(h), target) if group.last else h
+    Buffers of the group move; its gradients are dropped at the end of a round.
+    """
 
-    def whole(gradient: bool) -> None:
-        out = forward(x.detach().requires_grad_(gradient) if gradient else x)
+    def __init__(self, groups: Sequence[Group], k: int, rows: int, codec: str = "none") -> None:
+        self.group = groups[k]
+        self.group.train()
+        self.first = k == 0
+        parameter = next(self.group.parameters(), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        shape = None if self.first else groups[k - 1].shape
+        self.inputs = self._inputs(groups[0].cut.example, shape, rows)
+        self.target = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.update = self._update()
+        self.nbytes = 0.0
+        with torch.no_grad():
+            self.output = self.group.layers(self.inputs[0])
+        if not self.group.last:
+            self.nbytes = float(self.output.numel() * 4)
+            self.encoder = codecs.build(codec)
+            self.encoder.check(tuple(self.output.shape[1:]))
+        if not self.first:
+            self.coded = codecs.build(codec).encode(self.inputs[0])
+            self.decoder = codecs.build(codec)
+            # The first packet brings the codebook.
+            self.coded = self.decoder.resolve(self.coded)
+        self.spans: dict[str, list[float]] = {}
+
+    def round(self) -> None:
+        """Every kind of work on two microbatches."""
+        if not self.first:
+            self._backprop("whole backward", True)
+        self._backprop("backward", False)
+        for x in self.inputs:
+            self._time("local", self._local, x)
+            if not self.group.last:
+                self._time("encode", self.encoder.encode, self.output)
+            if not self.first:
+                self._time("decode", self.decoder.decode, self.coded)
+        if self.update is not None:
+            self._time("update", self.update.step)
+        self.group.zero_grad()
+
+    def cost(self, average: Callable[[list[float]], float] = median) -> GroupCost:
+        """The averages over the rounds since the last call."""
+        took = {name: average(spans) for name, spans in self.spans.items()}
+        self.spans = {}
+        forward, local = took["forward"], took["local"]
+        backward = took.get("whole backward", took["backward"])
+        # A group on its own may need even less where it shares passes with its critic.
+        alone = min(took["backward"], backward, max(local - forward, 0.0))
+        return GroupCost(
+            forward_s=forward,
+            backward_s=backward,
+            critic_s=max(local - forward - alone, 0.0),
+            encode_s=took.get("encode", 0.0),
+            decode_s=took.get("decode", 0.0),
+            activation_bytes=self.nbytes,
+            parameter_bytes=float(sum(p.numel() * p.element_size() for p in self.group.layers.parameters())),
+            input_gradient_s=backward - alone,
+            update_s=took.get("update", 0.0),
+        )
+
+    def _backprop(self, backward: str, input_gradient: bool) -> None:
+        """All forward passes, then all backward passes, as the groups of a pipeline make them."""
+        inputs = [x.detach().requires_grad_(input_gradient) for x in self.inputs]
+        for out in [self._time("forward", self._forward, x) for x in inputs]:
+            self._time(backward, self._backward, out, torch.ones_like(out))
+
+    def _forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.group.layers(x)
+        return nn.functional.cross_entropy(self.group.critic(h), self.target) if self.group.last else h
+
+    def _backward(self, out: Tensor, gradient: Tensor) -> None:
+        # A group without weights has nothing to compute.
         if out.requires_grad:
-            out.backward(torch.ones_like(out))
+            out.backward(gradient)
 
-    def local() -> None:
+    def _local(self, x: Tensor) -> None:
         method, objective = Greedy(), Objective()
-        method.local_step(group, x, target, objective, objective.scale(target))
+        method.local_step(self.group, x, self.target, objective, objective.scale(self.target))
 
-    ahead = seconds(lambda: forward(x), device)
-    both = seconds(lambda: whole(needs_gradient), device)
-    without = seconds(lambda: whole(False), device) if needs_gradient else both
-    alone = seconds(local, device)
-    backward = max(both - ahead, 0.0)
-    encode = decode = nbytes = 0.0
-    h = group.layers(x).detach()
-    if not group.last:
-        nbytes = float(h.numel() * 4)
-        codec = codecs.build(spec)
-        codec.check(tuple(h.shape[1:]))
-        encode = seconds(lambda: codec.encode(h), device)
-    if k > 0:
-        coded = codecs.build(spec).encode(x)
-        decoder = codecs.build(spec)
-        first = decoder.resolve(coded)
-        decode = seconds(lambda: decoder.decode(first), device)
-    return GroupCost(
-        forward_s=ahead,
-        backward_s=backward,
-        critic_s=max(alone - without, 0.0),
-        encode_s=encode,
-        decode_s=decode,
-        activation_bytes=nbytes,
-        parameter_bytes=float(sum(p.numel() * p.element_size() for p in group.layers.parameters())),
-        input_gradient_s=min(max(both - without, 0.0), backward),
-        update_s=_update(group, device),
-    )
-
-
-def _input(example: Tensor, shape: tuple[int, ...] | None, rows: int, device: torch.device) -> Tensor:
-    if shape is None:
-        return example[:1].expand(rows, *example.shape[1:]).contiguous().to(device)
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(rows, *shape, generator=draw).relu_().to(device)
-
-
-def _update(group: Group, device: torch.device) -> float:
-    """Seconds of SGD with momentum on copies of the group's parameters."""
-    copies = [p.detach().clone().requires_grad_() for p in group.layers.parameters()]
-    if not copies:
-        return 0.0
-    for p in copies:
-        p.grad = torch.zeros_like(p)
-    optimizer = torch.optim.SGD(copies, 0.1, momentum=0.9, fused=device.type in ("cpu", "cuda"))
-    return seconds(lambda: optimizer.step(), device)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median of a few calls, after two to warm up."""
-    samples = []
-    for _ in range(_REPEATS + 2):
+    def _time(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        samples.append(time.perf_counter() - start)
-    return median(samples[2:])
+        out = work(*args)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.spans.setdefault(name, []).append(time.perf_counter() - start)
+        return out
+
+    def _inputs(self, example: Tensor, shape: tuple[int, ...] | None, rows: int) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        found = []
+        for _ in range(_IN_FLIGHT):
+            if shape is None:
+                x = example[:1].expand(rows, *example.shape[1:]).contiguous()
+            else:
+                x = torch.randn(rows, *shape, generator=draw).relu_()
+            found.append(x.to(self.device))
+        weights = [p for p in self.group.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+        if weights and weights[0].is_contiguous(memory_format=torch.channels_last):
+            found = [x.contiguous(memory_format=torch.channels_last) for x in found]
+        return found
+
+    def _update(self) -> torch.optim.Optimizer | None:
+        """SGD with momentum, on copies of the group's parameters."""
+        copies = [p.detach().clone().requires_grad_() for p in self.group.layers.parameters()]
+        if not copies:
+            return None
+        for p in copies:
+            p.grad = torch.zeros_like(p)
+        return torch.optim.SGD(copies, 0.1, momentum=0.9, fused=self.device.type in ("cpu", "cuda"))
 
 
 def ratio(spec: str, shape: tuple[int, ...], rows: int) -> float:

@@ -137,13 +137,16 @@ def _prediction(
 
 def _data_parallel(groups: Sequence[GroupCost], workers: int, m: int, link: Link) -> Prediction:
     """Every worker has the whole network and a share of the microbatches; gradients go round a ring while the last
-    backward pass goes on."""
+    backward pass goes on, but for the workers' own part in the messages."""
     rounds = math.ceil(m / workers)
     weights = sum(g.parameter_bytes for g in groups)
-    ring = 2 * (workers - 1) * (link.seconds(weights / workers) + link.latency)
+    messages, part = 2 * (workers - 1), weights / workers
+    ring = messages * (link.seconds(part) + link.latency)
+    # Of every message that a worker sends it receives another.
+    own = 2 * messages * link.worker_seconds(part)
     work, backward = sum(g.work_s for g in groups), sum(g.backward_s for g in groups)
     exposed = max(0.0, ring - backward)
-    seconds = rounds * work + exposed + sum(g.update_s for g in groups)
+    seconds = rounds * work + exposed + own + sum(g.update_s for g in groups)
     memory = _COPIES * weights + sum(g.activation_bytes for g in groups)
     bubble = max(0.0, 1 - (m * work / workers) / seconds)
     return Prediction(DDP, "none", m, seconds, bubble, 0.0, memory, 2 * (workers - 1) * weights)

@@ -40,7 +40,8 @@ def simulate(schedule: orders.Schedule, costs: Sequence[GroupCost], microbatches
     """A step of ``microbatches``, worker k holding group k; with two chunks a worker, groups are cut in equal halves.
 
     Half of a backward pass is for input gradients, half for weights, where a schedule parts them. Transfers go on
-    beside the computation, one at a time each way between two workers. The optimiser's step is left out.
+    beside the computation, one at a time each way between two workers, but for the workers' own part in them. The
+    optimiser's step is left out.
 
     Raises:
         ValueError: the schedule can't be used with so many workers and microbatches.
@@ -91,8 +92,6 @@ class _Run:
             """A row a kind of work, a column a stage; input gradients go where whole backward passes do."""
             return np.stack([f * one, b * one, b * one, w * one])  # type: ignore[operator]
 
-        halves = backward / 2
-        self.seconds = np.stack([forward, backward, halves, halves])
         self.waits = table(np.where(stage == first, there, inputs), gradients, there).astype(np.int64)
         self.gives = table(
             # The loss is where the last stage is.
@@ -108,6 +107,13 @@ class _Run:
         self.nbytes = sent
         self.transfer = sent / link.bandwidth
         self.latency = np.where(crosses, link.latency, 0.0)
+        # Forward passes receive at one border of a stage and send at the other, backward passes the other way round.
+        before, after = (np.where(c, 1.0, 0.0) for c in (crosses[orders.BACKWARD], crosses[orders.FORWARD]))
+        messages = before + after
+        copied = before * entering + after * nbytes
+        own = messages * link.worker_s + copied * link.worker_s_per_byte
+        halves = backward / 2
+        self.seconds = np.stack([forward, backward, halves, halves]) + table(own, own, 0.0)
         # Each way between two workers is a link; what stays on a worker passes without delay.
         self.link = table(stage, stages + stage, 2 * stages + stage).astype(np.int64)
         self.held = np.stack([entering, -entering, 0 * entering, -entering])
