@@ -13,11 +13,12 @@ from benchmarks.pipeline_rivals import Outputs, Setting, gradients
 
 # Of a loss: the network is continuous, so that rounding in another order moves it by a few eps.
 LOSS = 64 * torch.finfo(torch.float32).eps
-# Of a gradient, by its norm, beside twice what plain torch is off by in the same format and microbatches.
-GRADIENT = 1e-4
-# What plain torch itself may be off by: a value that rounding moves over a ReLU's kink switches a term of the
-# gradient on or off, which has been seen to move a tensor by 1.1 %, here and in the tiny network. A wrong scale, a lost
-# microbatch or a process left out moves it by 6 % and more.
+# Of a gradient, by its norm, beside twice what plain torch is off by in the same format and microbatches. A value that
+# rounding moves over a ReLU's kink switches a term of the gradient on or off: one has been seen to move a tensor by
+# 1.1 %, in plain torch as in what is held against it, and not the same one in both.
+GRADIENT = 0.012
+# At most, with what plain torch is off by: a wrong scale, a lost microbatch or a process left out moves a tensor by 6 %
+# and more.
 KINK = 0.03
 # By how much a codec may move what crosses the cut, by its norm: for one bit a value of random maps 0.6 was seen.
 CODED = 0.8

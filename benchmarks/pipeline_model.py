@@ -20,9 +20,8 @@ SIDE = 32
 # Three maps of 32, 16 and 8: the second half begins with the last stride.
 STRIDES = (1, 2, 1, 1, 2, 1, 1, 1)
 CUT = 4
-# The first stage's width is what balances the halves; the other widths are multiples of the vector length. 36 was found
-# before groups and critics shared passes: group 1 is now the longer one by a few percent.
-WIDTHS = (36, 64, 64, 64, 128, 128, 128, 128)
+# The first stage's width balances the halves, critic included.
+WIDTHS = (32, 64, 64, 64, 128, 128, 128, 128)
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -54,7 +54,7 @@ class Costs(Contender):
             in_format(group, setting.format)
         rows = task.batch // setting.microbatches
         self.timer = GroupTimer(groups, rank, rows, setting.codec or "none")
-        self.found: list[dict[str, float]] = []
+        self.found: list[dict[str, Any]] = []
 
     def step(self) -> None:
         self.timer.round()
@@ -62,16 +62,16 @@ class Costs(Contender):
     def run(self, steps: int) -> float:
         """As many rounds as take the time of ``steps`` batches, more or less, after one that is not counted."""
         self.step()
-        self.timer.cost()
+        self.timer.reset()
         begin = time.perf_counter()
         for _ in range(max(1, steps * self.setting.microbatches // 4)):
             self.step()
-        self.found.append(asdict(self.timer.cost(mean)))
+        self.found.append({"cost": asdict(self.timer.cost(mean)), "jitter": self.timer.jitter()})
         return time.perf_counter() - begin
 
 
 def visits(contenders: Iterable[Costs]) -> dict[str, Any]:
-    """Both groups' costs, {"format critic codec": {microbatches: [[group 1, group 2] of each visit]}}."""
+    """What both groups cost, {"format critic codec": {microbatches: a list over visits of [group 1, group 2]}}."""
     found: dict[str, Any] = {}
     for costs in contenders:
         parts = gathered(costs.found)
@@ -110,17 +110,23 @@ def _one_way(nbytes: int, rank: int) -> tuple[float, float]:
     return wall / (2 * _TRIPS), mean(gathered(own)) / (2 * _TRIPS)
 
 
-def predicted(setting: Setting, groups: list[GroupCost], link: Link) -> float:
-    """Microseconds of a step of this contender."""
+def predicted(setting: Setting, visit: list[dict[str, Any]], link: Link) -> float:
+    """Microseconds of a step of this contender, from what both groups cost in a visit."""
     m = setting.microbatches
+    groups = [GroupCost(**each["cost"]) for each in visit]
+    jitter = mean(each["jitter"] for each in visit)
     if setting.kind == "decoupled":
         ratio = 32.0 if setting.codec else 1.0
-        return 1e6 * decoupled.pipelined(groups, 1, link, ratio)[0].seconds
+        return 1e6 * decoupled.pipelined(groups, 1, link, ratio, jitter)[0].seconds
     if setting.kind == DDP:
-        (ddp,) = (p for p in plan({WORKERS: groups}, WORKERS, link, {}).predictions if p.schedule == DDP)
+        (ddp,) = (
+            p
+            for p in plan({WORKERS: groups}, WORKERS, link, {}, jitter=jitter).predictions
+            if p.schedule == DDP
+        )
         return 1e6 * ddp.seconds
     (schedule,) = (s for s in orders.SCHEDULES if s.name == setting.kind)
-    return 1e6 * (simulate(schedule, groups, m, link).seconds + max(g.update_s for g in groups))
+    return 1e6 * (simulate(schedule, groups, m, link, jitter).seconds + max(g.update_s for g in groups))
 
 
 def with_predictions(rows: list[Row], costs: dict[str, Any]) -> list[Row]:
@@ -135,7 +141,7 @@ def with_predictions(rows: list[Row], costs: dict[str, Any]) -> list[Row]:
                 *(row[f] for f in ("kind", "format", "microbatches", "method", "critic", "codec"))
             )
             found = costs[_key(setting)][str(_parts(setting))]
-            us = median(predicted(setting, [GroupCost(**g) for g in visit], link) for visit in found)
+            us = median(predicted(setting, visit, link) for visit in found)
             more = {"predicted_us": us, "prediction_error": us / row["us_p50"] - 1}
         out.append(row | more)
     return out

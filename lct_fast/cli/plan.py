@@ -52,6 +52,12 @@ def add_parser(subparsers: Any) -> None:
         default=math.inf,
         help="speed at which a worker itself copies messages, gigabits a second (without end: others copy)",
     )
+    parser.add_argument(
+        "--jitter",
+        type=float,
+        default=0.0,
+        help="how much a pass varies, %% of its mean, standard deviation (0)",
+    )
     parser.add_argument("--codec", default="vq:256,8", help="codec to compare with none (vq:256,8)")
     parser.add_argument("--memory-gb", type=float, help="memory of a worker")
     parser.add_argument(
@@ -86,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         if args.codec != "none":
             codecs[args.codec] = ratio(args.codec, (64, 8, 8), 64)
         costs = {m: groups for m in args.microbatches or [8]}
-        made = plan(costs, workers, link, codecs, memory)
+        made = plan(costs, workers, link, codecs, memory, args.jitter / 100)
     else:
         made, costs, notes = _measured(args, link, memory)
     result = _as_json(made, costs, notes)
@@ -103,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise PlanError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
-    for name in ("link_us", "link_worker_us"):
+    for name in ("link_us", "link_worker_us", "jitter"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
             raise PlanError(f"--{name.replace('_', '-')}: expected a number >= 0, got {value}")
@@ -146,7 +152,7 @@ def _measured(
         codecs = {"none": 1.0}
         if args.codec != "none" and workers > 1:
             codecs[args.codec] = ratio(args.codec, groups[0].shape, args.batch)
-        found.append((plan(costs, workers, link, codecs, memory), costs, critic))
+        found.append((plan(costs, workers, link, codecs, memory, args.jitter / 100), costs, critic))
         work = costs[counts[0]]
         tax = sum(c.critic_s for c in work) / sum(c.local_s for c in work)
         notes.append(f"critic {critic} takes {tax:.1%} of the groups' work")

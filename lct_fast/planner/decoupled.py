@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lct_fast.planner.costs import GroupCost, Link
-from lct_fast.planner.simulate import Step
+from lct_fast.planner.simulate import Step, factors
 
 # Slots at each end of a link, as the engine has them.
 DEPTH = 2
 
 
 def pipelined(
-    costs: Sequence[GroupCost], microbatches: int, link: Link, ratio: float = 1.0
+    costs: Sequence[GroupCost], microbatches: int, link: Link, ratio: float = 1.0, jitter: float = 0.0
 ) -> tuple[Step, float]:
     """A step of ``microbatches`` once the pipeline is full, and the seconds that filling it takes, once a run.
 
@@ -24,12 +25,16 @@ def pipelined(
 
     Args:
         ratio: how many times fewer bytes the codec sends.
+        jitter: how much a pass varies, as for ``simulate``; a step on a group's own loss is two passes.
     """
     count = len(costs)
     work = _work(costs, microbatches, link, ratio)
     transfer = np.asarray([link.seconds(c.activation_bytes / ratio) for c in costs])
     # Long enough that the slowest group or link sets the pace at the end.
-    batches = 4 * DEPTH + 2 * count + 32
+    batches = 4 * DEPTH + 2 * count + (512 if jitter else 32)
+    factor = np.ones((count, batches))
+    if jitter:
+        factor = factors(np.random.default_rng(0), jitter / math.sqrt(2), factor.shape)
     taken = np.zeros((count, DEPTH))
     arrival = np.zeros(count)
     finished = np.zeros(batches)
@@ -39,7 +44,7 @@ def pipelined(
         k = np.arange(max(0, tick - batches + 1), min(count, tick + 1))
         batch = tick - k
         slot = batch % DEPTH
-        done = np.maximum(last[k], arrival[k]) + work[k]
+        done = np.maximum(last[k], arrival[k]) + work[k] * factor[k, batch]
         last[k] = taken[k, slot] = done
         # It leaves when the link is free and the next group has let go of the slot it goes to.
         after = np.minimum(k + 1, count - 1)

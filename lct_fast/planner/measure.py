@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import mean, median, pvariance
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lct_fast.methods import Greedy, Objective
 from lct_fast.planner.costs import GroupCost
 
 _ROUNDS = 5
+_PASSES = ("forward", "backward", "whole backward")
 # Microbatches whose activations are kept at the same time: nothing is found in the caches that a step would not find.
 _IN_FLIGHT = 2
 
@@ -46,7 +48,7 @@ def measure_group(groups: Sequence[Group], k: int, rows: int, codec: str = "none
     try:
         timer = GroupTimer(groups, k, rows, codec)
         timer.round()
-        timer.cost()
+        timer.reset()
         for _ in range(_ROUNDS):
             timer.round()
         return timer.cost()
@@ -84,7 +86,7 @@ class GroupTimer:
             self.decoder = codecs.build(codec)
             # The first packet brings the codebook.
             self.coded = self.decoder.resolve(self.coded)
-        self.spans: dict[str, list[float]] = {}
+        self.reset()
 
     def round(self) -> None:
         """Every kind of work on two microbatches."""
@@ -101,10 +103,18 @@ class GroupTimer:
             self._time("update", self.update.step)
         self.group.zero_grad()
 
+    def reset(self) -> None:
+        """Forget all rounds so far."""
+        self.spans: dict[str, list[float]] = {}
+
+    def jitter(self) -> float:
+        """How much passes varied: standard deviation over mean, forward and backward passes together."""
+        varied = [pvariance(s) / mean(s) ** 2 for n, s in self.spans.items() if n in _PASSES and mean(s)]
+        return math.sqrt(mean(varied)) if varied else 0.0
+
     def cost(self, average: Callable[[list[float]], float] = median) -> GroupCost:
-        """The averages over the rounds since the last call."""
+        """The averages over the rounds since the last ``reset``."""
         took = {name: average(spans) for name, spans in self.spans.items()}
-        self.spans = {}
         forward, local = took["forward"], took["local"]
         backward = took.get("whole backward", took["backward"])
         # A group on its own may need even less where it shares passes with its critic.

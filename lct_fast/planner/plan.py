@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from lct_fast.planner import decoupled, orders
 from lct_fast.planner.costs import GroupCost, Link, PlanError, merge
-from lct_fast.planner.simulate import Step, simulate
+from lct_fast.planner.simulate import Array, Step, factors, simulate
 
 # A slower step than the shortest by this part is worth an exact wire.
 _SLACK = 0.02
@@ -67,6 +69,7 @@ def plan(
     link: Link,
     codecs: Mapping[str, float],
     memory_bytes: float = math.inf,
+    jitter: float = 0.0,
 ) -> Plan:
     """The plan for ``workers`` of them.
 
@@ -75,6 +78,7 @@ def plan(
         link: between neighbours.
         codecs: by spec, how many times fewer bytes; "none" is 1 and costs no time.
         memory_bytes: of one worker.
+        jitter: how much passes vary, their standard deviation over their mean.
 
     Raises:
         PlanError: no worker, more workers than groups, or nothing that fits the memory.
@@ -90,8 +94,8 @@ def plan(
         parts, starts = merge(groups, workers)
         work = [p.local_s for p in parts]
         imbalance = max(work) * len(work) / sum(work) - 1
-        found += _with_groups(parts, m, link, codecs)
-        found.append(_data_parallel(groups, workers, m, link))
+        found += _with_groups(parts, m, link, codecs, jitter)
+        found.append(_data_parallel(groups, workers, m, link, jitter))
     best: dict[tuple[str, str], Prediction] = {}
     for p in found:
         key = (p.schedule, p.codec)
@@ -107,7 +111,7 @@ def _rank(p: Prediction) -> float:
 
 
 def _with_groups(
-    parts: Sequence[GroupCost], m: int, link: Link, codecs: Mapping[str, float]
+    parts: Sequence[GroupCost], m: int, link: Link, codecs: Mapping[str, float], jitter: float
 ) -> list[Prediction]:
     found = []
     for schedule in orders.SCHEDULES:
@@ -115,12 +119,12 @@ def _with_groups(
         if why is not None:
             found.append(Prediction(schedule.name, "none", m, impossible=why))
             continue
-        step = simulate(schedule, parts, m, link)
+        step = simulate(schedule, parts, m, link, jitter)
         update = max(p.update_s for p in parts)
         found.append(_prediction(schedule.name, "none", m, parts, step, 0.0, update))
     for codec, ratio in codecs.items():
         coded = [replace(p, encode_s=0.0, decode_s=0.0) for p in parts] if codec == "none" else parts
-        step, fill = decoupled.pipelined(coded, m, link, ratio)
+        step, fill = decoupled.pipelined(coded, m, link, ratio, jitter)
         found.append(_prediction(DECOUPLED, codec, m, parts, step, fill))
         step = decoupled.asynchronous(coded, m, link, ratio)
         found.append(_prediction(ASYNC, codec, m, parts, step, fill))
@@ -135,7 +139,9 @@ def _prediction(
     return Prediction(name, codec, m, step.seconds + update, bubble, fill, max(held), step.nbytes)
 
 
-def _data_parallel(groups: Sequence[GroupCost], workers: int, m: int, link: Link) -> Prediction:
+def _data_parallel(
+    groups: Sequence[GroupCost], workers: int, m: int, link: Link, jitter: float
+) -> Prediction:
     """Every worker has the whole network and a share of the microbatches; gradients go round a ring while the last
     backward pass goes on, but for the workers' own part in the messages."""
     rounds = math.ceil(m / workers)
@@ -146,10 +152,24 @@ def _data_parallel(groups: Sequence[GroupCost], workers: int, m: int, link: Link
     own = 2 * messages * link.worker_seconds(part)
     work, backward = sum(g.work_s for g in groups), sum(g.backward_s for g in groups)
     exposed = max(0.0, ring - backward)
-    seconds = rounds * work + exposed + own + sum(g.update_s for g in groups)
+    passes = np.asarray([s for g in groups for s in (g.forward_s, g.backward_s)])
+    seconds = (
+        rounds * work * _slowest(passes, rounds, workers, jitter)
+        + exposed
+        + own
+        + sum(g.update_s for g in groups)
+    )
     memory = _COPIES * weights + sum(g.activation_bytes for g in groups)
     bubble = max(0.0, 1 - (m * work / workers) / seconds)
     return Prediction(DDP, "none", m, seconds, bubble, 0.0, memory, 2 * (workers - 1) * weights)
+
+
+def _slowest(passes: Array, rounds: int, workers: int, jitter: float) -> float:
+    """How many times its usual time the slowest of ``workers`` takes for ``rounds`` of ``passes`` that vary."""
+    spread = jitter * float(np.linalg.norm(passes) / passes.sum()) / math.sqrt(rounds)
+    if not spread:
+        return 1.0
+    return float(factors(np.random.default_rng(0), spread, (1000, workers)).max(axis=1).mean())
 
 
 def _choose(

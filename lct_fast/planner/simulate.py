@@ -8,7 +8,7 @@ it needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from lct_fast.planner import orders
 from lct_fast.planner.costs import GroupCost, Link
 
 Array = NDArray[np.float64]
+# Passes drawn for a prediction with jitter, all steps together, and steps at most.
+_DRAWN, _STEPS = 50_000, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,18 @@ class Step:
     nbytes: float
 
 
-def simulate(schedule: orders.Schedule, costs: Sequence[GroupCost], microbatches: int, link: Link) -> Step:
+def simulate(
+    schedule: orders.Schedule, costs: Sequence[GroupCost], microbatches: int, link: Link, jitter: float = 0.0
+) -> Step:
     """A step of ``microbatches``, worker k holding group k; with two chunks a worker, groups are cut in equal halves.
 
     Half of a backward pass is for input gradients, half for weights, where a schedule parts them. Transfers go on
     beside the computation, one at a time each way between two workers, but for the workers' own part in them. The
     optimiser's step is left out.
+
+    Args:
+        jitter: how much passes vary, their standard deviation over their mean. With it a step is the mean of several
+            with random passes, the same ones each time.
 
     Raises:
         ValueError: the schedule can't be used with so many workers and microbatches.
@@ -55,7 +63,20 @@ def simulate(schedule: orders.Schedule, costs: Sequence[GroupCost], microbatches
     micro = np.zeros(codes.shape, np.int32)
     for rank, row in enumerate(rows):
         codes[rank, : len(row)], micro[rank, : len(row)] = row, orders.microbatches(row)
-    return _Run(schedule, costs, m, link).run(codes, micro, np.asarray([len(r) for r in rows]))
+    run = _Run(schedule, costs, m, link)
+    lengths = np.asarray([len(r) for r in rows])
+    if not jitter:
+        return run.run(codes, micro, lengths, np.ones(codes.shape))
+    draw = np.random.default_rng(0)
+    count = min(_STEPS, max(1, _DRAWN // codes.size))
+    steps = [run.run(codes, micro, lengths, factors(draw, jitter, codes.shape)) for _ in range(count)]
+    seconds = float(np.mean([step.seconds for step in steps]))
+    return replace(steps[0], seconds=seconds, busy=np.mean([step.busy for step in steps], axis=0))
+
+
+def factors(draw: np.random.Generator, jitter: float, shape: tuple[int, ...]) -> Array:
+    """Random factors, never negative, with mean 1 and standard deviation ``jitter`` (gamma distributed)."""
+    return draw.gamma(jitter**-2, jitter**2, shape)
 
 
 class _Run:
@@ -118,7 +139,10 @@ class _Run:
         self.link = table(stage, stages + stage, 2 * stages + stage).astype(np.int64)
         self.held = np.stack([entering, -entering, 0 * entering, -entering])
 
-    def run(self, codes: NDArray[np.int16], micro: NDArray[np.int32], lengths: NDArray[np.int64]) -> Step:
+    def run(
+        self, codes: NDArray[np.int16], micro: NDArray[np.int32], lengths: NDArray[np.int64], factor: Array
+    ) -> Step:
+        """One step; ``factor``, shaped like ``codes``, is how many times its usual seconds each entry takes."""
         m = self.microbatches
         come = np.full((2 * self.stages + 2) * m, np.inf)
         come[2 * self.stages * m : (2 * self.stages + 1) * m] = 0.0
@@ -152,7 +176,7 @@ class _Run:
             who, what, batch, since = who[ready], what[ready], batch[ready], since[ready]
             if not who.size:
                 raise ValueError("the workers' orders wait for each other")
-            cost = seconds[what]
+            cost = seconds[what] * factor[who, at[who]]
             end = np.maximum(free[who], since) + cost
             free[who] = end
             busy[who] += cost

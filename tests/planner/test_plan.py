@@ -76,6 +76,17 @@ def test_data_parallel_step() -> None:
     assert ddp.seconds == 2 * 6 + (2 * 5.5 - 4) + 0.5
     assert ddp.memory_bytes == 300 and ddp.wire_bytes == 200
 
+    def step(link: Link, jitter: float = 0.0) -> float:
+        made = plan({4: costs}, 2, link, {"none": 1.0}, jitter=jitter)
+        return next(p.seconds for p in made.predictions if p.schedule == DDP)
+
+    # Two messages out and two in, of 50 bytes each, of which nothing is hidden.
+    assert step(Link(math.inf, 0.0, 0.125, 0.01)) == 12 + 4 * (0.125 + 0.5) + 0.5
+    # The slower of two workers: of two normal variables the greater lies 1 / sqrt(pi) deviations above the mean. Eight
+    # passes, 1 and 2 s, vary by 10 % each.
+    deviation = 0.1 * math.sqrt(4 * 1 + 4 * 4)
+    assert abs(step(Link(math.inf), 0.1) - (12.5 + deviation / math.sqrt(math.pi))) < 0.05
+
 
 def test_groups_are_shared_out_evenly() -> None:
     costs = [

@@ -7,7 +7,7 @@ import pytest
 
 from lct_fast.planner import decoupled, orders
 from lct_fast.planner.costs import GroupCost, Link
-from lct_fast.planner.simulate import simulate
+from lct_fast.planner.simulate import factors, simulate
 
 BY_NAME = {s.name: s for s in orders.SCHEDULES}
 FREE = Link(math.inf)
@@ -123,3 +123,38 @@ def test_a_slow_consumer_holds_up_its_producer() -> None:
     costs = [GroupCost(1, 1), GroupCost(1, 1), GroupCost(2, 3)]
     step, fill = decoupled.pipelined(costs, 1, FREE)
     assert step.seconds == pytest.approx(5.0) and fill == 9.0
+
+
+def test_a_workers_own_part_in_messages() -> None:
+    # Seconds of a message of 100 bytes at each end: 0.25 + 100 * 0.0025.
+    link, own = Link(math.inf, 0.0, 0.25, 0.0025), 0.5
+    # One microbatch: four passes of two workers, each at one border.
+    assert simulate(BY_NAME["1F1B"], _even(2), 1, link).seconds == 2 * 3.0 + 4 * own
+    # Between two others a worker has two borders.
+    step = simulate(BY_NAME["1F1B"], _even(3), 1, link)
+    assert step.busy.tolist() == [3 + 2 * own, 3 + 4 * own, 3 + 2 * own]
+    # A codec spares copying, not the message.
+    paces = [decoupled.pipelined(_even(3), 1, link, ratio)[0].seconds for ratio in (1.0, 4.0)]
+    assert paces == [3 + 2 * own, 3 + 2 * (0.25 + 0.0625)]
+
+
+def test_what_stays_on_a_worker_is_no_message() -> None:
+    # ZBV's two chunks meet on the last worker.
+    link = Link(math.inf, 0.0, 1.0)
+    busy = simulate(BY_NAME["ZBV"], _even(2), 4, link).busy - simulate(BY_NAME["ZBV"], _even(2), 4, FREE).busy
+    # Worker 1: both chunks' one border; worker 2 likewise; each is crossed forward and back by 4 microbatches.
+    assert busy.tolist() == [16.0, 16.0]
+
+
+def test_jitter() -> None:
+    drawn = factors(np.random.default_rng(1), 0.2, (200_000,))
+    assert drawn.min() > 0 and abs(drawn.mean() - 1) < 0.003 and abs(drawn.std() - 0.2) < 0.003
+    plain = simulate(BY_NAME["1F1B"], _even(4), 8, FREE).seconds
+    some, again, more = (simulate(BY_NAME["1F1B"], _even(4), 8, FREE, j).seconds for j in (0.1, 0.1, 0.3))
+    assert some == again
+    assert 1.01 * plain < some < more
+    # One worker waits for nobody: what varies about a mean takes the mean.
+    assert abs(simulate(BY_NAME["1F1B"], _even(1), 8, FREE, 0.1).seconds / 24 - 1) < 0.01
+    # Slots between the groups even out what a schedule that waits has to pay for.
+    local = decoupled.pipelined(_even(4), 1, FREE, jitter=0.1)[0].seconds
+    assert 3.0 < local < 3.0 * some / plain
