@@ -1,4 +1,4 @@
-"""docs/local_critic.md and docs/greedy.md: their figures are those of the committed result files."""
+"""Figures of pages that no benchmark's test looks after: they are those of the committed result files."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,14 @@ def test_the_table_is_that_of_the_files(page: str) -> None:
 )
 def test_times_are_those_of_the_file(page: str, sentence: str) -> None:
     text = " ".join((ROOT / f"docs/{page}.md").read_text().split())
-    assert sentence.format(**_results("pipeline")) in text
+    assert sentence.format(**_results("pipeline")).replace("%", " %") in text
+
+
+def test_the_contenders_beside_each_other_are_those_of_the_file() -> None:
+    stored = {row["contender"]: row["us_p50"] / 1e3 for row in _results("pipeline")["rows"]}
+    rows = _rows("from_pipelining", "| | ms |")
+    assert len(rows) == 6
+    assert all(shown == f"{stored[name]:.1f}" for name, shown in rows)
 
 
 def test_weights_of_samples_are_those_of_the_code() -> None:
