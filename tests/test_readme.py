@@ -1,4 +1,4 @@
-"""README: its Python runs, its commands exist, its figures are those of the committed result files."""
+"""README: its commands exist, and its figures are those of the committed result files."""
 
 import json
 import re
@@ -13,15 +13,6 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
-def test_python_blocks_run(page: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    assert blocks
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
-
-
 def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"^lct-fast (\w+)", README, re.M))
     assert commands == {"train", "eval", "export", "bench", "plan", "report", "info"}
@@ -30,13 +21,6 @@ def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         assert status.value.code == 0
         assert command in capsys.readouterr().out
-
-
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
 
 
 def _rows(heading: str) -> list[list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +76,6 @@ def test_points_of_a_curve_are_bits() -> None:
         "step": 50,
         "bits": [1.0, pytest.approx(3.0)],
     }
-
-
-def test_python_in_the_docs_runs(tmp_path: Path, threads: None) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/text.md").read_text(), re.S)
-    file = tmp_path / "made.txt"
-    file.write_text("to be or not to be, that is the question\n" * 60)
-    names: dict[str, Any] = {"FILE": str(file)}
-    exec(compile(block, "docs/text.md", "exec"), names)
-    assert names["trainer"].batch == 2
 
 
 def test_the_table_in_the_docs_is_that_of_the_file() -> None:

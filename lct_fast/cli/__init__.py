@@ -10,12 +10,9 @@ from collections.abc import Sequence
 import lct_fast
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
-    from lct_fast.cli import bench, evaluate, export, info, plan, processes, report, train
-    from lct_fast.cli.config import ConfigError
-    from lct_fast.engine import OutOfMemoryError, PeerError, ReplicaError, heartbeat
-    from lct_fast.ops import BackendError
+def argument_parser() -> argparse.ArgumentParser:
+    """Every command and its options."""
+    from lct_fast.cli import bench, evaluate, export, info, plan, report, train
 
     parser = argparse.ArgumentParser(
         prog="lct-fast", description="Train networks cut into groups, without backward locking."
@@ -24,7 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (train, evaluate, export, bench, plan, report, info):
         command.add_parser(subparsers)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    from lct_fast.cli import processes
+    from lct_fast.cli.config import ConfigError
+    from lct_fast.engine import OutOfMemoryError, PeerError, ReplicaError, heartbeat
+    from lct_fast.ops import BackendError
+
+    args = argument_parser().parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError, OutOfMemoryError, PeerError, ReplicaError, BackendError) as error:
