@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of one thread each use two cores better than one process of two on small tensors.
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint bench build gpu clean
+.PHONY: demo test lint bench build gpu wheel wheel-test clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -36,6 +36,14 @@ build: $(VENV)/installed
 # On a CUDA machine without network, in the Python that holds its torch.
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu
+
+# dist/cpu and, where nvcc is on the PATH, dist/cuda: one wheel each, for this Python and any supported torch.
+wheel: $(VENV)/installed-test
+	$(BIN)/python .ci/wheels.py build
+
+# Each into fresh environments with the oldest and the newest torch; the package's tests from an empty folder.
+wheel-test: wheel
+	$(BIN)/python .ci/wheels.py test dist/*/*.whl
 
 clean:
 	rm -rf build dist *.egg-info lct_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache $(VENV)

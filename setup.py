@@ -106,7 +106,8 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        folder = ROOT / "build" / f"native-{tag}"
+        # Apart, as neither kind of build can use the other's objects.
+        folder = ROOT / "build" / f"native-{'cuda' if find_nvcc() else 'cpu'}-{tag}"
         folder.mkdir(parents=True, exist_ok=True)
         built = folder / target.name
         write_ninja(folder / "build.ninja", built)
