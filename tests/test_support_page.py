@@ -107,18 +107,17 @@ def test_every_op_has_a_row() -> None:
 
 @pytest.mark.parametrize("op", CALLS)
 def test_dtypes_are_those_that_ops_take(op: str) -> None:
-    row = _table("op")[op]
+    row, backends = _table("op")[op], _OPS[op].backends
     here = {place.backend for place in PLACES if place.device == "cpu"}
     for backend in NAMES:
-        if backend not in _OPS[op].backends:
+        if backend not in backends:
             assert row[backend] == "", backend
         elif backend in here:
             assert row[backend] == _cell(op, backend), backend
         else:
-            # Not run without a device: what its registry entry takes, or all that the op itself takes.
-            taken = _OPS[op].backends[backend].dtypes
-            like = row["cpu"] if taken is None or backend == "cuda" else ""
-            assert row[backend] == like, backend
+            # It needs a device: its entry in the registry has to be that of `cpu`, and so the cell.
+            assert backends[backend].dtypes == backends["cpu"].dtypes, backend
+            assert row[backend] == row["cpu"], backend
 
 
 def test_limits_are_those_of_the_registry() -> None:
