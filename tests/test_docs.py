@@ -7,8 +7,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,20 @@ from lct_fast.cli.config import given, resolve
 from tests.data.generated import cifar_python, labelled, write_tar
 from tests.doc_blocks import PAGES, ROOT, blocks, taken_for_granted
 
-IN_PROCESS = [page for page in PAGES if any(not b.processes for b in blocks(page))]
+# A split by measurement, a compiled graph, latencies.
+SLOW = {"README.md", "docs/backend.md", "docs/exits.md"}
+IN_PROCESS = [
+    pytest.param(page, marks=pytest.mark.slow if page in SLOW else ())
+    for page in PAGES
+    if any(not b.processes for b in blocks(page))
+]
 UNDER_TORCHRUN = [(page, index) for page in PAGES for index, b in enumerate(blocks(page)) if b.processes]
 # torchrun's.
 FOREIGN_OPTIONS = {"--nproc-per-node", "--standalone", "--max-restarts", "--rdzv-endpoint"}
 
 
 @pytest.fixture
-def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder as working directory and home, with the files that pages name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -37,11 +43,11 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     # Graphs are made as in a program; code for them, which takes inductor ten seconds, is the tests' of the ops.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     (tmp_path / "data").mkdir()
-    # 30 images of each class, so that the pages' batches of 128 are full.
+    # 150 training images, so that the pages' batches of 128 are full.
     files = cifar_python(False, labelled(10, 15, seed=1), labelled(10, 1, seed=2))
     write_tar(tmp_path / "data" / "cifar-10-python.tar.gz", files)
     (tmp_path / "FILE").write_text("to be or not to be, that is the question\n" * 60)
-    yield tmp_path
+    return tmp_path
 
 
 def _names(page: str) -> dict[str, Any]:
@@ -74,7 +80,8 @@ def test_python_runs_under_torchrun(page: str, index: int, somewhere: Path) -> N
     command = [*launcher, str(ROOT / "tests/doc_blocks.py"), page, str(index)]
     with subprocess.Popen(
         command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # The folder of the script, whose names are also those of modules, stays off the path.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -183,3 +190,29 @@ def test_files_that_are_named_exist(page: str) -> None:
     folders = r"(?:benchmarks|csrc|docs|kernels|lct_fast|tests)"
     for path in re.findall(rf"`({folders}/[\w./*{{}},-]*)`", text):
         assert list(ROOT.glob(path)), f"{page}: {path}"
+
+
+def _exists(name: str) -> bool:
+    """A module, or something in one, under its whole name."""
+    parts = name.replace("lct.", "lct_fast.", 1).split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            for part in parts[count:]:
+                found = getattr(found, part)
+        except AttributeError:
+            return False
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_that_are_named_exist(page: str) -> None:
+    """Dotted names of the package in backticks, with or without a call."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    for code in re.findall(r"`([^`]+)`", text):
+        for name in re.findall(r"(?<![\w./])(lct(?:_fast)?\.[\w.]*\w)", code):
+            assert _exists(name), f"{page}: {name}"

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,8 @@ def _constants(files: list[Path]) -> dict[str, ast.Dict]:
     }
 
 
-def _in_source() -> set[str]:
+@cache
+def _in_source() -> frozenset[str]:
     folders = [ROOT / name for name in ("lct_fast", "kernels", "benchmarks")]
     files = [ROOT / "setup.py", *(f for folder in folders for f in sorted(folder.rglob("*.py")))]
     constants = _constants(files)
@@ -66,7 +68,7 @@ def _in_source() -> set[str]:
         names |= set(re.findall(r'getenv\("(\w+)"\)', file.read_text()))
     makefile = (ROOT / "Makefile").read_text()
     names |= set(re.findall(r"^([A-Z_]+) \?=", makefile, re.M))
-    return names | set(re.findall(r"\b([A-Z_]{3,})=\w", makefile))
+    return frozenset(names | set(re.findall(r"\b([A-Z_]{3,})=\w", makefile)))
 
 
 def _section(heading: str) -> set[str]:
