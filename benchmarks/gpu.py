@@ -46,7 +46,7 @@ addopts = --import-mode=importlib
 filterwarnings = error
 markers =
     cuda: needs a CUDA device
-    slow: more than 5 s
+    slow: more than 2 s
 """
 
 
