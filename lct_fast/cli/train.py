@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lct_fast.bench.machine import commit, versions
-from lct_fast.cli import build, loop, processes
+from lct_fast.cli import build, cuts, loop, processes
 from lct_fast.cli.config import Config, add_arguments, given, resolve
 from lct_fast.cli.costs import critic_mac_share
 from lct_fast.cli.info import device_name
@@ -147,6 +147,8 @@ def train(
         return None
     summary = _summary(config, trainer, meter, recorder, result, facts.name)
     summary["diagnosis"] = _diagnosis(config, meter, folder)
+    for record in cuts.codebook_records(meter, per_epoch):
+        folder.log(record)
     write_trace(folder.path / "trace.json", meter.groups, offsets)
     plot_curves(folder.path, folder.path / "curves.png")
     folder.write_summary(summary)
@@ -253,6 +255,7 @@ def _summary(
         "wire_bytes_per_sample": meter.per_sample(meter.wire_bytes),
         "raw_bytes_per_sample": meter.per_sample(meter.raw_bytes),
         "feedback_bytes_per_sample": meter.per_sample(meter.feedback_bytes),
+        "cuts": cuts.summary(trainer.wires, meter),
         "serial": _serial(trainer, meter),
         "speed_up": _speed_up(trainer, meter) if on_cpu and trainer.method.sample_state else None,
         "bubble_fraction": meter.bubble_fraction() if timed else None,
