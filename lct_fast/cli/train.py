@@ -26,6 +26,7 @@ from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
 from lct_fast.engine.trace import write_trace
 from lct_fast.report import plot_curves
+from lct_fast.report.run import exit_name
 
 
 def add_parser(subparsers: Any) -> None:
@@ -58,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(summary))
     else:
-        exits = "  ".join(f"exit {k} {a:.2%}" for k, a in enumerate(summary["exit_test_accuracy"], 1))
+        accuracy = summary["exit_test_accuracy"]
+        exits = "  ".join(f"{exit_name(k, len(accuracy))} {a:.2%}" for k, a in enumerate(accuracy, 1))
         print(f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}  ({exits})")
         if "exit_bits_per_character" in summary:
-            exits = "  ".join(
-                f"exit {k} {b:.3f}" for k, b in enumerate(summary["exit_bits_per_character"], 1)
-            )
+            bits = summary["exit_bits_per_character"]
+            exits = "  ".join(f"{exit_name(k, len(bits))} {b:.3f}" for k, b in enumerate(bits, 1))
             print(f"bits per character: {exits}")
         step = summary["step_seconds_median"]
         pace = "" if step is None else f", {step * 1e3:.1f} ms a step"

@@ -41,7 +41,7 @@ def test_labels_stay_apart_and_inside() -> None:
     heights = [float(y) for y, _ in sorted(found, key=lambda pair: -int(pair[1]))]
     # A greater value stands higher up: a smaller y.
     assert all(low - high >= 12 - 0.2 for high, low in zip(heights, heights[1:], strict=False))
-    assert heights[0] >= TOP and heights[-1] <= HEIGHT - BOTTOM + 4
+    assert heights[0] >= TOP and heights[-1] <= HEIGHT - BOTTOM + 5
 
 
 @pytest.mark.parametrize(
