@@ -6,14 +6,14 @@ CSS = """
   --page: #fff; --card: #f6f8fa; --text: #1b1f24; --soft: #59636e; --rule: #d5dae0; --link: #0550ae;
   --l: .53; --c: .17;
   --forward: #4878b0; --backward: #b3562a; --critic: #8250b4; --optimiser: #2e8555; --coding: #0e7c86;
-  --transfer: #9a7400; --other: #8c959f; --hatch: #c9838a; --bubble: #fbeff0;
+  --transfer: #9a7400; --other: #8c959f; --hatch: #c9838a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #12161b; --card: #1a2027; --text: #e3e8ee; --soft: #a0abb7; --rule: #353d47; --link: #79b8ff;
     --l: .78; --c: .14;
     --forward: #6ba3e0; --backward: #e88a58; --critic: #b98ae8; --optimiser: #5cc08a; --coding: #45bcc7;
-    --transfer: #d3a928; --other: #77818c; --hatch: #8d5158; --bubble: #2b1d21;
+    --transfer: #d3a928; --other: #77818c; --hatch: #8d5158;
   }
 }
 * { box-sizing: border-box; }
@@ -30,7 +30,7 @@ a { color: var(--link); }
 .note::before { content: "\\26A0\\FE0E  "; }
 
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: .4rem; }
-.fit tbody th { white-space: nowrap; min-width: 0; }
+.fit thead th, .fit tbody th { white-space: nowrap; min-width: 0; }
 .fit { width: fit-content; max-width: 100%; margin-top: .6rem; }
 .scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
@@ -108,7 +108,12 @@ nav a { display: inline-block; padding: .2rem 0; }
   nav { display: none; }
   .scroll { overflow: visible; border: 0; }
   .timeline svg { min-width: 0; }
-  tbody th { position: static; }
+  table { font-size: .75rem; }
+  .fit thead th, .fit tbody th, td { white-space: normal; }
+  th, td { padding: .2rem .3rem; }
+  tbody th { position: static; min-width: 0; }
+  .runs { grid-template-columns: 1fr; }
+  .charts { grid-template-columns: 1fr 1fr; }
   .run, figure, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
