@@ -70,7 +70,7 @@ def bytes_of(run: Run) -> list[Bytes]:
     # The summary counts serial steps as sent.
     whole = Bytes(
         name="all cuts",
-        codec=str(summary.get("codec", "")),
+        codec="" if found else str(summary.get("codec", "")),
         raw=raw,
         wire=wire - (serial or 0.0),
         codebook=sum(codebooks) if codebooks else None,

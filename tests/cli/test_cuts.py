@@ -13,6 +13,7 @@ import torch
 
 import lct_fast as lct
 from lct_fast.cli import main
+from lct_fast.cli.run_folder import RunFolder
 from lct_fast.engine.worker import Worker
 from tests.engine import nets
 
@@ -67,6 +68,7 @@ def test_bytes_of_cuts_add_up_and_codebooks_have_a_line_an_epoch(schedule: str, 
     assert serial > 0 and sum(line["batches"][0] for line in lines) == 10 - serial
 
 
+@pytest.mark.slow
 def test_a_resumed_run_writes_the_same_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = [*SMALL, "--checkpoint-every", "3"]
@@ -82,17 +84,27 @@ def test_a_resumed_run_writes_the_same_lines(tmp_path: Path, monkeypatch: pytest
         patched.setattr(lct.Trainer, "step", dies)
         with pytest.raises(RuntimeError, match="killed"):
             main(["train", *options, "--out", str(cut)])
+    with monkeypatch.context() as patched:
+        # The lines are there, the summary is not: the next attempt writes both.
+        patched.setattr(RunFolder, "write_summary", lambda folder, summary: None)
+        assert main(["train", "--resume", "--out", str(cut)]) == 0
+    assert len(_lines(cut)) == 2
     assert main(["train", "--resume", "--out", str(cut)]) == 0
     assert len(_lines(whole)) == 2 and _lines(cut) == _lines(whole)
     assert _summary(cut)["cuts"] == _summary(whole)["cuts"]
 
 
-def test_runs_without_cuts_or_codebooks_have_no_lines(tmp_path: Path) -> None:
+def test_runs_without_cuts_or_codebooks_have_no_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, options in {"whole": ["--method", "backprop"], "plain": ["--groups", "2"]}.items():
         small = [*SMALL[:8], *options, "--epochs", "1", "--out", str(tmp_path / name)]
         assert main(["train", *small]) == 0
         assert _lines(tmp_path / name) == []
     assert _summary(tmp_path / "whole")["cuts"] == []
+    # Whose only exit is the network itself.
+    printed = capsys.readouterr().out
+    assert "(network " in printed and "(exit 1 " in printed
     (cut,) = _summary(tmp_path / "plain")["cuts"]
     assert cut["codec"] == "none" and cut["wire_bytes_per_sample"] == cut["raw_bytes_per_sample"]
 
