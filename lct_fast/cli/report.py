@@ -16,7 +16,7 @@ def add_parser(subparsers: "_SubParsersAction[argparse.ArgumentParser]") -> None
         "report",
         help="compare runs in one HTML file",
         description="Write one self-contained HTML file that compares runs: accuracy and loss per exit, "
-        "step time, bytes on the wire, timelines, configurations. A run may still be in progress.",
+        "gradients, bytes over the cuts, codebooks, timelines, configurations. A run may still be in progress.",
     )
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="run folder, as written by train --out"
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for record in records:
         accuracy = record["test_accuracy"]
-        told = "no accuracy yet" if accuracy is None else f"{accuracy:.2%} last exit"
+        which = "network" if len(record["exit_test_accuracy"]) == 1 else "last exit"
+        told = "no accuracy yet" if accuracy is None else f"{accuracy:.2%} {which}"
         print(f"{record['name']}: {record['method'] or 'unknown method'}, {told}")
     print(f"wrote {out}")
     return 0

@@ -155,8 +155,8 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            # Readings of gradients are all written at the end.
-            if record["kind"] != "diagnosis" and record["step"] <= (
+            # Readings of gradients and codebooks are all written at the end.
+            if record["kind"] not in ("diagnosis", "codebook") and record["step"] <= (
                 batch if record["kind"] == "epoch" else step
             ):
                 kept.append(line + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lct_fast.bench.machine import commit, versions
-from lct_fast.cli import build, loop, processes
+from lct_fast.cli import build, cuts, loop, processes
 from lct_fast.cli.config import Config, add_arguments, given, resolve
 from lct_fast.cli.costs import critic_mac_share
 from lct_fast.cli.info import device_name
@@ -26,6 +26,7 @@ from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
 from lct_fast.engine.trace import write_trace
 from lct_fast.report import plot_curves
+from lct_fast.report.run import exit_name
 
 
 def add_parser(subparsers: Any) -> None:
@@ -58,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(summary))
     else:
-        exits = "  ".join(f"exit {k} {a:.2%}" for k, a in enumerate(summary["exit_test_accuracy"], 1))
+        accuracy = summary["exit_test_accuracy"]
+        exits = "  ".join(f"{exit_name(k, len(accuracy))} {a:.2%}" for k, a in enumerate(accuracy, 1))
         print(f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}  ({exits})")
         if "exit_bits_per_character" in summary:
-            exits = "  ".join(
-                f"exit {k} {b:.3f}" for k, b in enumerate(summary["exit_bits_per_character"], 1)
-            )
+            bits = summary["exit_bits_per_character"]
+            exits = "  ".join(f"{exit_name(k, len(bits))} {b:.3f}" for k, b in enumerate(bits, 1))
             print(f"bits per character: {exits}")
         step = summary["step_seconds_median"]
         pace = "" if step is None else f", {step * 1e3:.1f} ms a step"
@@ -147,6 +148,8 @@ def train(
         return None
     summary = _summary(config, trainer, meter, recorder, result, facts.name)
     summary["diagnosis"] = _diagnosis(config, meter, folder)
+    for record in cuts.codebook_records(meter, per_epoch):
+        folder.log(record)
     write_trace(folder.path / "trace.json", meter.groups, offsets)
     plot_curves(folder.path, folder.path / "curves.png")
     folder.write_summary(summary)
@@ -253,6 +256,7 @@ def _summary(
         "wire_bytes_per_sample": meter.per_sample(meter.wire_bytes),
         "raw_bytes_per_sample": meter.per_sample(meter.raw_bytes),
         "feedback_bytes_per_sample": meter.per_sample(meter.feedback_bytes),
+        "cuts": cuts.summary(trainer.wires, meter),
         "serial": _serial(trainer, meter),
         "speed_up": _speed_up(trainer, meter) if on_cpu and trainer.method.sample_state else None,
         "bubble_fraction": meter.bubble_fraction() if timed else None,

@@ -81,6 +81,7 @@ class Codec:
     Attributes:
         name: the spec that builds it.
         replicas: who else encodes parts of the same batch; see ``join``.
+        codebook_bytes: sent so far of what decoding needs beside the codes.
         recordable: whether coding is the same work for the device each time, with nothing for the host to decide or
             count; it can then be part of a CUDA graph.
     """
@@ -88,6 +89,7 @@ class Codec:
     name: str
     replicas: Replicas = Alone()
     recordable = False
+    codebook_bytes = 0
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuses what it cannot code: `shape` is the tensor's without the batch.
@@ -127,6 +129,16 @@ class Codec:
             CodecError: as ``decode``.
         """
         return encoded
+
+    def codebook_use(self) -> dict[str, Any] | None:
+        """At the producer, how its codebook was used since the last call; None without one, or if it was not.
+
+        ``codewords``, K; ``batches`` coded; ``used``, share of words chosen at least once, and ``perplexity`` of the
+        choices, 1 to K, means over codebooks; ``drift`` of the codebook from the one sent, as a part of the
+        quantisation error, at the last batch, None where not finite; ``codebooks`` sent since the start. The host
+        waits for the device.
+        """
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and plain data."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -72,6 +74,13 @@ class Downsample(Codec):
 
     def shared(self) -> tuple[Tensor, ...]:
         return self.inner.shared()
+
+    @property
+    def codebook_bytes(self) -> int:  # type: ignore[override]
+        return self.inner.codebook_bytes
+
+    def codebook_use(self) -> dict[str, Any] | None:
+        return self.inner.codebook_use()
 
     def state(self) -> dict[str, object]:
         return self.inner.state()

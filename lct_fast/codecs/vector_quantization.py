@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lct_fast import ops
+from lct_fast.codecs.codebook_use import perplexity, used
 from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout, laid_out
 from lct_fast.codecs.late import Late
 
@@ -60,6 +62,9 @@ class VectorQuantization(Codec):
         self.drifts: deque[Late] = deque()
         self.code_bytes = self.codebook_bytes = 0
         self.batches = 0
+        # How often each word was chosen in the latest batches; what ``codebook_use`` tells, and begins anew.
+        self.chosen: Tensor | None = None
+        self.chosen_batches = 0
         # Whether the consumer lacks the codebook that is in use; never between two calls of encode.
         self._unsent = False
         # The consumer's, in bf16 as it came.
@@ -90,6 +95,8 @@ class VectorQuantization(Codec):
         # An average over few batches at first, when activations change most.
         decay = min(_DECAY, 1 - 1 / (self.batches + 2))
         self.batches += 1
+        self.chosen = coded.counts.clone() if self.chosen is None else self.chosen.add_(coded.counts)
+        self.chosen_batches += 1
         ops.vq_update(
             self.codebook, self.averages, coded.counts, coded.sums, coded.candidates, decay, 1e-5, unused
         )
@@ -137,6 +144,22 @@ class VectorQuantization(Codec):
             raise CodecError(f"{self.name}: {error}") from None
         return _from_rows(x, layout)
 
+    def codebook_use(self) -> dict[str, Any] | None:
+        if self.chosen is None or self.chosen_batches == 0:
+            return None
+        drift = self.drifts[-1].value()
+        use = {
+            "codewords": self.codewords,
+            "batches": self.chosen_batches,
+            "used": used(self.chosen),
+            "perplexity": perplexity(self.chosen),
+            "drift": drift if math.isfinite(drift) else None,
+            "codebooks": self.version,
+        }
+        self.chosen.zero_()
+        self.chosen_batches = 0
+        return use
+
     def state(self) -> dict[str, Any]:
         saved: dict[str, Any] = {"version": self.version, "known_version": self.known_version}
         saved |= {name: getattr(self, name) for name in _COUNTERS}
@@ -144,6 +167,8 @@ class VectorQuantization(Codec):
         if self.codebook is not None and self.averages is not None and self.sent is not None:
             saved |= {"codebook": self.codebook, "sent": self.sent}
             saved |= {"counts": self.averages.counts, "sums": self.averages.sums}
+        if self.chosen is not None:
+            saved |= {"chosen": self.chosen, "chosen_batches": self.chosen_batches}
         if self.known is not None:
             saved["known"] = self.known
         return saved
@@ -160,6 +185,8 @@ class VectorQuantization(Codec):
         self.codebook, self.sent, self.known = place("codebook"), place("sent"), place("known")
         # Earlier checkpoints have the same values in fp32.
         self.known = None if self.known is None else self.known.bfloat16()
+        # Checkpoints from before it was counted lack it.
+        self.chosen, self.chosen_batches = place("chosen"), state.get("chosen_batches", 0)
         counts, sums = place("counts"), place("sums")
         self.averages = None if counts is None or sums is None else ops.VQState(counts, sums)
 

@@ -18,7 +18,7 @@ from lct_fast.methods import Slot
 _COUNTERS = (
     *("samples", "wire_bytes", "raw_bytes", "feedback_bytes"),
     *("serial_steps", "serial_seconds", "serial_bytes"),
-    *("updates", "reused", "age", "readings"),
+    *("updates", "reused", "age", "readings", "codebook", "codebook_bytes"),
 )
 
 

@@ -77,7 +77,9 @@ class GroupMeter:
         updates, reused, age: of an asynchronous run: batches trained on; those of them that had been taken from the
             buffer before; batches written to it since theirs, summed over all.
         readings: of the group's gradients, see ``Diagnosis``.
-        wire_bytes, raw_bytes: sent forward, and what fp32 would have been. feedback_bytes: from behind, applied.
+        codebook: of the encoder's codebook, see ``Codec.codebook_use``; one reading an evaluation, with its ``batch``.
+        wire_bytes, raw_bytes: sent forward, and what fp32 would have been; ``codebook_bytes`` of the former were
+            codebooks. feedback_bytes: from behind, applied.
         serial_steps, serial_seconds: serial steps (``Hybrid``) and what they took; they are no ticks.
         serial_bytes: of h_k forward and its gradient back, in serial steps; ``wire_bytes`` is without them.
     """
@@ -93,6 +95,7 @@ class GroupMeter:
     samples: int = 0
     wire_bytes: int = 0
     raw_bytes: int = 0
+    codebook_bytes: int = 0
     feedback_bytes: int = 0
     serial_steps: int = 0
     serial_seconds: float = 0.0
@@ -101,6 +104,7 @@ class GroupMeter:
     reused: int = 0
     age: int = 0
     readings: list[list[Any]] = field(default_factory=list)
+    codebook: list[dict[str, Any]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -159,6 +163,7 @@ class GroupMeter:
         self.samples += other.samples
         self.wire_bytes += other.wire_bytes
         self.raw_bytes += other.raw_bytes
+        self.codebook_bytes += other.codebook_bytes
         self.feedback_bytes += other.feedback_bytes
 
     def trace_from_here(self, ticks: int) -> None:

@@ -322,6 +322,7 @@ class Stage:
 
     def _evaluated(self) -> Evaluation | None:
         self.worker.end_evaluation()
+        self.worker.read_codebook(self.batch)
         self._forward(Packet(Kind.EVALUATED, self.batch - 1))
         if not self.last:
             return None

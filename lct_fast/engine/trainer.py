@@ -460,6 +460,7 @@ class Trainer:
                 worker.end_evaluation()
         for worker in self.workers:
             worker.group.train()
+            worker.read_codebook(self.batch)
         return summed(scores)
 
     @property

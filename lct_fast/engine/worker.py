@@ -337,6 +337,9 @@ class Worker:
         """Counts what travels of h_k."""
         self.meter.wire_bytes += coded.nbytes
         self.meter.raw_bytes += h.numel() * 4
+        assert self.encoder is not None, "nothing crosses behind the last group"
+        # The codec's own count goes on where a checkpoint left it.
+        self.meter.codebook_bytes = self.encoder.codebook_bytes
 
     def decode(self, coded: Encoded, decoder: Codec | None = None) -> Tensor:
         """h_{k-1}, on the group's device; by the cut's own decoder if no other is named."""
@@ -448,6 +451,12 @@ class Worker:
         """What follows is another evaluation, or training."""
         carried.go_on([self.group], False)
         self._evaluating = False
+
+    def read_codebook(self, batch: int) -> None:
+        """Notes how the codebook of what leaves was used since the last time, if there is one."""
+        use = None if self.encoder is None else self.encoder.codebook_use()
+        if use is not None:
+            self.meter.codebook.append({"batch": batch, **use})
 
     def set_learning_rate(self, rate: float) -> None:
         """The learning rate of the group's optimiser from now on; critics keep theirs."""

@@ -3,7 +3,7 @@
 import warnings
 from pathlib import Path
 
-from lct_fast.report.run import Curve, read_run
+from lct_fast.report.run import Curve, exit_name, read_run
 
 
 def plot_curves(run: Path, out: Path) -> Path:
@@ -28,7 +28,7 @@ def plot_curves(run: Path, out: Path) -> Path:
     for axes, (name, unit, curves) in zip(figure.subplots(1, 2), panels, strict=True):
         for k, curve in enumerate(curves, start=1):
             ys = [float("nan") if y is None else y for _, y in curve]
-            axes.plot([x for x, _ in curve], ys, marker=".", label=f"exit {k}")
+            axes.plot([x for x, _ in curve], ys, marker=".", label=exit_name(k, len(curves)))
         axes.set_xlabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(name)

@@ -24,8 +24,8 @@ class LossCurves:
 class Run:
     """What a run folder holds so far.
 
-    ``epochs``, ``intervals`` and ``diagnoses`` are the lines of metrics.jsonl by kind, in order; of a step
-    recorded twice (a resumed run) the later line. ``summary`` is empty until the run ends. ``notes`` says what
+    ``epochs``, ``intervals``, ``diagnoses`` and ``codebooks`` are the lines of metrics.jsonl by kind, in order; of a
+    step recorded twice (a resumed run) the later line. ``summary`` is empty until the run ends. ``notes`` says what
     could not be read.
     """
 
@@ -36,6 +36,7 @@ class Run:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     intervals: list[dict[str, Any]] = field(default_factory=list)
     diagnoses: list[dict[str, Any]] = field(default_factory=list)
+    codebooks: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -63,9 +64,14 @@ class Run:
         return []
 
     def curves(self, key: str, kind: str = "epoch") -> list[Curve]:
-        """Values of ``key``, one curve an exit or group; over epochs for kind "epoch", steps for the others."""
+        """Values of ``key``, one curve an exit, group or cut; over epochs for kind "epoch", steps for the others."""
         unit = "epoch" if kind == "epoch" else "step"
-        records = {"epoch": self.epochs, "interval": self.intervals, "diagnosis": self.diagnoses}[kind]
+        records = {
+            "epoch": self.epochs,
+            "interval": self.intervals,
+            "diagnosis": self.diagnoses,
+            "codebook": self.codebooks,
+        }[kind]
         rows = [(float(record[unit]), numbers(record.get(key))) for record in records]
         exits = max((len(values) for _, values in rows), default=0)
         return [[(x, values[k] if k < len(values) else None) for x, values in rows] for k in range(exits)]
@@ -89,10 +95,17 @@ class Run:
             return LossCurves("train loss", "epoch", train)
         return LossCurves("train loss", "step", self.curves("loss", "interval"))
 
-    def gradient_curves(self, key: str) -> list[Curve]:
-        """``key`` of what was read of the groups' gradients, over steps, one curve a group; empty if nothing was."""
-        curves = self.curves(key, "diagnosis")
+    def readings(self, key: str, kind: str) -> list[Curve]:
+        """``key`` of what was read of the groups' gradients ("diagnosis") or of codebooks ("codebook"), over steps, one
+        curve a group or cut; empty if nothing was.
+        """
+        curves = self.curves(key, kind)
         return curves if _drawable(curves) else []
+
+
+def exit_name(k: int, exits: int) -> str:
+    """What exit ``k``, from 1, is called: the only one of a run is the network itself."""
+    return "network" if exits == 1 else f"exit {k}"
 
 
 def read_run(path: Path | str) -> Run:
@@ -170,6 +183,7 @@ def _read_metrics(run: Run) -> None:
     epochs: dict[float, dict[str, Any]] = {}
     intervals: dict[float, dict[str, Any]] = {}
     diagnoses: dict[float, dict[str, Any]] = {}
+    codebooks: dict[float, dict[str, Any]] = {}
     unread = 0
     for line in _text(run.path / "metrics.jsonl").split("\n"):
         if not line.strip():
@@ -182,6 +196,7 @@ def _read_metrics(run: Run) -> None:
             ("epoch", "epoch", epochs),
             ("interval", "step", intervals),
             ("diagnosis", "step", diagnoses),
+            ("codebook", "step", codebooks),
         )
         for kind, unit, into in kinds:
             at = number(record.get(unit))
@@ -190,6 +205,7 @@ def _read_metrics(run: Run) -> None:
     run.epochs = [epochs[at] for at in sorted(epochs)]
     run.intervals = [intervals[at] for at in sorted(intervals)]
     run.diagnoses = [diagnoses[at] for at in sorted(diagnoses)]
+    run.codebooks = [codebooks[at] for at in sorted(codebooks)]
     if unread:
         lines = "1 line" if unread == 1 else f"{unread} lines"
         run.notes.append(f"{lines} of metrics.jsonl could not be read (cut short?) and were left out")

@@ -1,4 +1,4 @@
-"""Line charts and timelines as inline SVG; colours are CSS classes and variables of the page around them."""
+"""Line charts as inline SVG; colours are CSS classes and variables of the page around them."""
 
 import html
 import math
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lct_fast.report.run import Curve
-from lct_fast.report.trace import Span, rows
 
-WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 46, 10, 36
+# In pixels of a chart as wide as a phone, on which text of 14 has to be readable.
+WIDTH, HEIGHT = 360, 250
+LEFT, RIGHT, TOP, BOTTOM = 50, 72, 10, 44
 # Beyond this many lines their names at the right edge no longer fit one above the other.
-MOST_LABELS = 14
+MOST_LABELS = 12
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def axis(
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if high - low < 1e-9 * max(1.0, abs(low), abs(high)):
         room = max(least, 0.01, 0.05 * abs(low))
-        low, high = low - room, high + room
+        # There is nothing above 100 %.
+        low, high = low - room, min(high + room, max(high, 1.0)) if percent else high + room
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = max(least, next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999))
@@ -76,11 +77,16 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line], most_points:
     for tick in y.ticks:
         at = bottom - y.place(tick) * (bottom - TOP)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{y.text(tick)}</text>')
-    for tick in x.ticks:
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4.5:.1f}" text-anchor="end">{y.text(tick)}</text>')
+    # Digits are some 8 wide; of labels that would touch some are left out.
+    widest = 8 * max((len(x.text(tick)) for tick in x.ticks), default=1) + 8
+    every = math.ceil(widest * max(1, len(x.ticks) - 1) / (right - LEFT))
+    for i, tick in enumerate(x.ticks):
         at = LEFT + x.place(tick) * (right - LEFT)
         parts.append(f'<path class="grid" d="M{at:.1f} {bottom}v4"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{x.text(tick)}</text>')
+        if i % every:
+            continue
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{x.text(tick)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
     middle = (LEFT + right) / 2
     parts.append(
@@ -98,39 +104,8 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line], most_points:
             ends.append((last[-1], line))
     if len(ends) <= MOST_LABELS:
         for at, (_, line) in zip(_apart([end for end, _ in ends]), ends, strict=True):
-            place = f'x="{right + 5}" y="{at + 3.5:.1f}"'
+            place = f'x="{right + 5}" y="{at + 4.5:.1f}"'
             parts.append(f'<text class="end" style="{line.style}" {place}>{escape(line.label)}</text>')
-    return "".join([*parts, "</svg>"])
-
-
-def timeline(title: str, spans: Sequence[Span]) -> str:
-    """A row a group, a box a span, coloured by its kind."""
-    width, left, height = 900, 84, 24
-    names = rows(list(spans))
-    end = max(span.start + span.seconds for span in spans)
-    scale, unit = next(((s, u) for s, u in ((1.0, "s"), (1e3, "ms")) if end * s >= 1), (1e6, "\u00b5s"))
-    time = axis(f"time, {unit}", [0.0, end * scale], tight=True)
-    bottom = len(names) * height + 4
-    parts = [f'<svg viewBox="0 0 {width} {bottom + 36}" role="img" aria-label="{escape(title)}">']
-    for tick in time.ticks:
-        at = left + time.place(tick) * (width - left - 16)
-        parts.append(f'<path class="grid" d="M{at:.1f} 0V{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 14}" text-anchor="middle">{time.text(tick)}</text>')
-    parts.append(
-        f'<text class="name" x="{width / 2}" y="{bottom + 30}" text-anchor="middle">{time.label}</text>'
-    )
-    for i, name in enumerate(names):
-        short = name if len(name) <= 12 else f"{name[:11]}\u2026"
-        parts.append(f'<text x="{left - 8}" y="{i * height + 17}" text-anchor="end">{escape(short)}</text>')
-    for span in spans:
-        at = left + time.place(span.start * scale) * (width - left - 16)
-        long = max(0.5, span.seconds * scale / (time.high - time.low) * (width - left - 16))
-        step = "" if span.step is None else f", step {span.step}"
-        told = escape(f"{span.name[:60]}{step}: {span.seconds * scale:.3g} {unit}")
-        box = (
-            f'x="{at:.1f}" y="{names.index(span.row) * height + 4}" width="{long:.1f}" height="{height - 6}"'
-        )
-        parts.append(f'<rect class="{span.kind}" {box}><title>{told}</title></rect>')
     return "".join([*parts, "</svg>"])
 
 
@@ -155,7 +130,7 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
     return "".join([*parts, "h0" if alone else ""])
 
 
-def _apart(heights: Sequence[float], gap: float = 12.0) -> list[float]:
+def _apart(heights: Sequence[float], gap: float = 15.0) -> list[float]:
     """``heights`` moved so that labels there do not overlap: down in order, then up again from the bottom."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     moved = list(heights)

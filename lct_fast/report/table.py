@@ -21,6 +21,11 @@ def count(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.10g}"
 
 
+def bytes_count(value: float | None) -> str:
+    """Bytes a sample, to a tenth; a dash for None."""
+    return NOTHING if value is None else count(round(value, 1))
+
+
 def plain(value: Any) -> str:
     """An option as HTML, a list as its items; a dash for None."""
     return NOTHING if value is None else escape(words(value))
@@ -38,14 +43,14 @@ BEFORE_EXITS: tuple[Column, ...] = (
     ("groups", "groups", plain),
     ("codec", "codec", plain),
     ("seed", "seed", plain),
-    ("test_accuracy", "accuracy, last exit, %", lambda value: figure(value, 100)),
+    ("test_accuracy", "accuracy of the network, %", lambda value: figure(value, 100)),
 )
 AFTER_EXITS: tuple[Column, ...] = (
     ("step_seconds_median", "step, ms", lambda value: figure(value, 1e3)),
     ("seconds", "whole run, s", lambda value: figure(value, places=1)),
-    ("wire_bytes_per_sample", "wire, B/sample", count),
-    ("raw_bytes_per_sample", "uncoded, B/sample", count),
-    ("feedback_bytes_per_sample", "feedback, B/sample", count),
+    ("wire_bytes_per_sample", "wire, B/sample", bytes_count),
+    ("raw_bytes_per_sample", "uncoded, B/sample", bytes_count),
+    ("feedback_bytes_per_sample", "feedback, B/sample", bytes_count),
     ("critic_tax", "critic tax, %", lambda value: figure(value, 100, 1)),
     ("bubble_fraction", "bubble, %", lambda value: figure(value, 100, 1)),
     ("exposed_transfer_fraction", "exposed transfer, %", lambda value: figure(value, 100, 1)),
@@ -80,10 +85,12 @@ def table(caption: str, head: str, rows: Iterable[tuple[str, str]]) -> str:
 def comparison_table(runs: Sequence[Run], names: Sequence[str]) -> str:
     """A row a run; the run's name links to its curves, ``#run-1`` and so on."""
     records = [comparison(run) for run in runs]
-    exits = max(len(record["exit_test_accuracy"]) for record in records)
+    # The only exit of a run is the network, which has a column already.
+    several = [values if len(values) > 1 else [] for values in (r["exit_test_accuracy"] for r in records)]
+    exits = max(map(len, several))
     rows = []
-    for i, (record, name) in enumerate(zip(records, names, strict=True), start=1):
-        accuracy = [*record["exit_test_accuracy"], *[None] * exits][:exits]
+    for i, (record, name, values) in enumerate(zip(records, names, several, strict=True), start=1):
+        accuracy = [*values, *[None] * exits][:exits]
         row = cells(show(record[key]) for key, _, show in BEFORE_EXITS)
         row += cells(figure(value, 100) for value in accuracy)
         row += cells(show(record[key]) for key, _, show in AFTER_EXITS)

@@ -12,10 +12,11 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """``make_run(name, exits=4, epochs=3, summary=True, trace=True, diagnoses=False, **options) -> Path``.
+    """``make_run(name, exits=4, epochs=3, summary=True, trace=True, diagnoses=False, cuts=False, **options)``.
 
     Exit k after epoch e: accuracy 0.1 * k + 0.01 * e, test loss 1 / k + 1 / e, train loss half of that. Its group has
-    gradient norm k / e and cosine k / exits.
+    gradient norm k / e and cosine k / exits. The codebook of cut k has 16 words, of which k / exits are in use, and
+    perplexity 4 k + e; each cut sends an equal part.
     """
 
     def make(
@@ -25,6 +26,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         summary: bool = True,
         trace: bool = True,
         diagnoses: bool = False,
+        cuts: bool = False,
         **options: Any,
     ) -> Path:
         path = tmp_path / name
@@ -47,9 +49,12 @@ def make_run(tmp_path: Path) -> MakeRun:
                 cosine = [k / exits for k in range(1, exits + 1)]
                 reading = {"kind": "diagnosis", "step": 10 * e, "gradient_norm": norm}
                 lines.append({**reading, "gradient_cosine": cosine})
+            if cuts:
+                lines.append(_codebooks(exits - 1, exits, e))
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if summary:
-            (path / "summary.json").write_text(json.dumps({**config, **_summary(accuracy)}))
+            sent = {"cuts": _cuts(exits - 1)} if cuts else {}
+            (path / "summary.json").write_text(json.dumps({**config, **_summary(accuracy), **sent}))
         if trace:
             (path / "trace.json").write_text(json.dumps({"traceEvents": _events(exits)}))
         return path
@@ -72,6 +77,26 @@ def _summary(accuracy: list[float]) -> dict[str, Any]:
         "critic_tax": 0.123,
         "versions": {"torch": "2.13.0"},
         "commit": None,
+    }
+
+
+def _cuts(count: int) -> list[dict[str, Any]]:
+    whole = {"raw": 32768.0, "wire": 8192.0, "codebook": 512.0, "feedback": 12.0, "serial": 0.0}
+    parts = {f"{key}_bytes_per_sample": value / count for key, value in whole.items()}
+    return [{"codec": "vq:16,2", **parts} for _ in range(count)]
+
+
+def _codebooks(cuts: int, exits: int, epoch: int) -> dict[str, Any]:
+    return {
+        "kind": "codebook",
+        "step": 10 * epoch,
+        "epoch": epoch,
+        "codewords": [16] * cuts,
+        "batches": [10] * cuts,
+        "used": [k / exits for k in range(1, exits)],
+        "perplexity": [4 * k + epoch for k in range(1, exits)],
+        "drift": [0.01 * k for k in range(1, exits)],
+        "codebooks": [epoch + k for k in range(1, exits)],
     }
 
 

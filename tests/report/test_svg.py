@@ -41,7 +41,7 @@ def test_labels_stay_apart_and_inside() -> None:
     heights = [float(y) for y, _ in sorted(found, key=lambda pair: -int(pair[1]))]
     # A greater value stands higher up: a smaller y.
     assert all(low - high >= 12 - 0.2 for high, low in zip(heights, heights[1:], strict=False))
-    assert heights[0] >= TOP and heights[-1] <= HEIGHT - BOTTOM + 4
+    assert heights[0] >= TOP and heights[-1] <= HEIGHT - BOTTOM + 5
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,19 @@ def test_escape() -> None:
         escape("<a href=\"x\" id='y'>&\x00\x1b")
         == "&lt;a href=&quot;x&quot; id=&#x27;y&#x27;&gt;&amp;\ufffd\ufffd"
     )
+
+
+def test_nothing_is_above_all() -> None:
+    made = axis("in use, %", [1.0, 1.0], percent=True)
+    assert made.high == 1 and [made.text(tick) for tick in made.ticks][-1] == "100"
+
+
+@pytest.mark.parametrize("last", [10, 1_000, 250_000])
+def test_labels_below_leave_room_for_each_other(last: int) -> None:
+    line = Line("exit 1", "", [(0, 0.5), (last, 0.5)])
+    chart = line_chart("t", axis("step", [0, last], tight=True), axis("loss", [0, 1]), [line], 100)
+    found = re.findall(rf'x="([0-9.]+)" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">([0-9,]+)<', chart)
+    places = [(float(x), len(text) * 8) for x, text in found]
+    assert len(places) >= 2
+    for (x, width), (after, wide) in zip(places, places[1:], strict=False):
+        assert after - x >= (width + wide) / 2
