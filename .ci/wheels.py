@@ -59,7 +59,17 @@ def build(out: Path) -> None:
             shutil.rmtree(stale)
         settings = [f"-C--build-option=egg_info --tag-build={local}"] if local else []
         run(
-            *(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out / kind, *settings, ROOT),
+            *(
+                sys.executable,
+                "-m",
+                "build",
+                "--wheel",
+                "--no-isolation",
+                "--outdir",
+                out / kind,
+                *settings,
+                ROOT,
+            ),
             LCT_CUDA=cuda,
         )
     for wheel in sorted(out.glob("*/*.whl")):
@@ -70,7 +80,18 @@ def test(wheel: Path, torch: str, folder: Path) -> None:
     """The package of ``wheel`` beside ``torch``, in a fresh environment and an empty folder."""
     venv.create(folder / "env", with_pip=True)
     python = folder / "env/bin/python"
-    run(python, "-m", "pip", "install", "-q", f"torch=={torch}", wheel, "pytest", "pytest-timeout", "hypothesis")
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        f"torch=={torch}",
+        wheel,
+        "pytest",
+        "pytest-timeout",
+        "hypothesis",
+    )
     work = folder / "empty"
     work.mkdir()
     shutil.copytree(ROOT / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__", "cuda"))
@@ -92,7 +113,9 @@ def _ini(value: object) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("build", help="make the wheels")
     one.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheels (dist)")

@@ -10,7 +10,14 @@ from lct_fast.codecs.identity import Identity
 from lct_fast.codecs.top_k import TopK
 from lct_fast.codecs.vector_quantization import VectorQuantization
 
-_FORMS = ("none", "bf16", *(f"{kind}[:BLOCK]" for kind in KINDS), "vq:K,D", "topk:N", "downsample:F[+CODEC]")
+_FORMS = (
+    "none",
+    "bf16",
+    *(f"{kind}[:BLOCK]" for kind in KINDS),
+    "vq:K,D[,S]",
+    "topk:N",
+    "downsample:F[+CODEC]",
+)
 
 
 def names() -> list[str]:
@@ -23,8 +30,8 @@ def build(spec: str) -> Codec:
 
     Args:
         spec: "none", "bf16"; "fp8", "int8", "int4" or "int2", with ":BLOCK" for blocks of other than 64 values; or
-            "vq:K,D", K words for vectors of D channels; "topk:N", one value in N; or "downsample:F", feature maps F
-            times smaller each way, with "+" and another spec for how these are coded.
+            "vq:K,D", K words for vectors of D channels, "vq:K,D,S" for patches of S x S; "topk:N", one value in N; or
+            "downsample:F", feature maps F times smaller each way, with "+" and another spec for how these are coded.
 
     Raises:
         ValueError: unknown name, or numbers that do not fit.
@@ -42,7 +49,7 @@ def build(spec: str) -> Codec:
         return Identity() if name == "none" else Cast()
     if name in KINDS and len(values) <= 1:
         return BlockQuantization(name, *values)
-    if name == "vq" and len(values) == 2:
+    if name == "vq" and len(values) in (2, 3):
         return VectorQuantization(*values)
     if name == "topk" and len(values) == 1:
         return TopK(*values)

@@ -34,6 +34,10 @@ class VectorQuantization(Codec):
     travels as ceil(log2 K) bits: 32 D / log2 K times fewer than fp32. Channels are dimension 1 of [N, C, H, W] and
     the last of anything else.
 
+    Of feature maps a vector may also be a patch: S x S neighbours of D / S^2 channels, with words for each of the
+    C S^2 / D groups of channels. Neighbours resemble each other more than channels do, so the error is smaller at the
+    same number of bits; codebooks are S^2 times as large.
+
     The codebook starts as k-means of the first batch and then follows by moving averages; unused words are given
     vectors of the batch. Batches are coded with the codebook the consumer has. It gets a new one, rounded to bf16,
     when the drift between the two, sum_k n_k |c_k - sent_k|^2, exceeds 5 % of the quantisation error, unless codebooks
@@ -44,16 +48,21 @@ class VectorQuantization(Codec):
 
     Args:
         codewords: K, 2 to 65536.
-        depth: D; it has to divide C.
+        depth: D; it has to divide C S^2.
+        patch: S, side of a patch; 1 for vectors of channels. S^2 has to divide D, S height and width.
     """
 
-    def __init__(self, codewords: int = 256, depth: int = 8) -> None:
+    def __init__(self, codewords: int = 256, depth: int = 8, patch: int = 1) -> None:
         if not 2 <= codewords <= ops.vq.MAX_CODEWORDS or depth < 1:
             raise ValueError(
                 f"codec vq:K,D: expected K in 2..{ops.vq.MAX_CODEWORDS} and D >= 1, got vq:{codewords},{depth}"
             )
-        self.codewords, self.depth = codewords, depth
-        self.name = f"vq:{codewords},{depth}"
+        if patch < 1 or depth % patch**2:
+            raise ValueError(
+                f"codec vq:K,D,S: expected S >= 1 whose square divides D, got vq:{codewords},{depth},{patch}"
+            )
+        self.codewords, self.depth, self.patch = codewords, depth, patch
+        self.name = f"vq:{codewords},{depth}" + (f",{patch}" if patch > 1 else "")
         self.version = 0
         # The producer's: the codebook that moves, and the one that the consumer has.
         self.codebook: Tensor | None = None
@@ -72,15 +81,21 @@ class VectorQuantization(Codec):
         self.known_version = 0
 
     def check(self, shape: tuple[int, ...]) -> None:
-        channels = shape[0] if len(shape) == 3 else shape[-1]
-        if channels % self.depth:
+        if self.patch > 1 and (len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch):
             raise ValueError(
-                f"codec {self.name}: D has to divide the channels, got {channels} of {tuple(shape)}; choose D among "
+                f"codec {self.name}: patches need feature maps (C, H, W) with H and W divisible by {self.patch}, got "
+                f"{tuple(shape)}; use vq:{self.codewords},{self.depth}"
+            )
+        channels = (shape[0] if len(shape) == 3 else shape[-1]) * self.patch**2
+        if channels % self.depth:
+            times = f" times {self.patch**2}" if self.patch > 1 else ""
+            raise ValueError(
+                f"codec {self.name}: D has to divide the channels{times}, got {channels} of {tuple(shape)}; choose D among "
                 f"{', '.join(str(d) for d in range(2, 17) if channels % d == 0) or channels}"
             )
 
     def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
-        x = _rows(h)
+        x = _rows(h, self.patch)
         if not learn:
             if self.sent is None:
                 raise CodecError(f"{self.name}: there is no codebook before the first batch of training")
@@ -115,7 +130,7 @@ class VectorQuantization(Codec):
         layout = encoded.layout
         if len(layout.shape) < 2:
             raise CodecError(f"{self.name}: expected rows of channels, got shape {list(layout.shape)}")
-        channels = layout.shape[1] if len(layout.shape) == 4 else layout.shape[-1]
+        channels = self._channels(layout)
         if rest and (len(rest) > 1 or rest[0].dtype != torch.bfloat16):
             raise CodecError(f"{self.name}: expected a codebook in bf16, got {[t.dtype for t in rest]}")
         known = rest[0] if rest else self.known
@@ -136,13 +151,13 @@ class VectorQuantization(Codec):
     def decode(self, encoded: Encoded) -> Tensor:
         codes, known = self.resolve(encoded).tensors
         layout = encoded.layout
-        channels = layout.shape[1] if len(layout.shape) == 4 else layout.shape[-1]
+        channels = self._channels(layout)
         dtype = layout.dtype if layout.dtype in _FLOATS else torch.float32
         try:
             x = ops.vq_decode(codes, known.float(), layout.size // channels, dtype)
         except (ValueError, TypeError) as error:
             raise CodecError(f"{self.name}: {error}") from None
-        return _from_rows(x, layout)
+        return _from_rows(x, layout, self.patch)
 
     def codebook_use(self) -> dict[str, Any] | None:
         if self.chosen is None or self.chosen_batches == 0:
@@ -192,6 +207,15 @@ class VectorQuantization(Codec):
 
     def shared(self) -> tuple[Tensor, ...]:
         return () if self.codebook is None or self.sent is None else (self.codebook, self.sent)
+
+    def _channels(self, layout: Layout) -> int:
+        """Values in a row of what is coded."""
+        shape = layout.shape
+        if self.patch > 1 and (len(shape) != 4 or shape[2] % self.patch or shape[3] % self.patch):
+            raise CodecError(
+                f"{self.name}: expected [N, C, H, W] with H and W divisible by {self.patch}, got {list(shape)}"
+            )
+        return (shape[1] if len(shape) == 4 else shape[-1]) * self.patch**2
 
     def _coded(self, x: Tensor, codebook: Tensor, candidates: int) -> ops.VQEncoding:
         """The rows' codes, with the statistics of all replicas' rows."""
@@ -244,16 +268,25 @@ class VectorQuantization(Codec):
         return False
 
 
-def _rows(h: Tensor) -> Tensor:
-    """[rows, C], a view where channels lie last in memory."""
-    x = h.permute(0, 2, 3, 1) if h.dim() == 4 else h
+def _rows(h: Tensor, patch: int) -> Tensor:
+    """[rows, C], a view where channels lie last in memory; of patches [rows, C S S], a channel's side by side."""
+    if patch > 1:
+        x = h.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+        # N, H / S, W / S, C, S, S
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+    else:
+        x = h.permute(0, 2, 3, 1) if h.dim() == 4 else h
     x = x.reshape(-1, x.shape[-1])
     return x if x.dtype in _FLOATS else x.float()
 
 
-def _from_rows(x: Tensor, layout: Layout) -> Tensor:
+def _from_rows(x: Tensor, layout: Layout, patch: int) -> Tensor:
     shape = layout.shape
-    if len(shape) == 4:
-        samples, channels, height, width = shape
-        x = x.view(samples, height, width, channels).permute(0, 3, 1, 2)
-    return laid_out(x.view(shape), layout)
+    if len(shape) != 4:
+        return laid_out(x.view(shape), layout)
+    samples, channels, height, width = shape
+    if patch == 1:
+        return laid_out(x.view(samples, height, width, channels).permute(0, 3, 1, 2), layout)
+    x = x.view(samples, height // patch, width // patch, channels, patch, patch)
+    # N, C, H / S, S, W / S, S
+    return laid_out(x.permute(0, 3, 1, 4, 2, 5).reshape(shape), layout)

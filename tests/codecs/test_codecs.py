@@ -359,3 +359,62 @@ def test_what_is_kept_decodes_with_the_codebook_that_coded_it(spec: str) -> None
     for encoded, y in zip(reversed(kept), reversed(expected), strict=True):
         assert torch.equal(there.decode(encoded), y)
         assert encoded.layout == Layout.of(y)
+
+
+def test_a_patch_is_neighbours_of_a_channel() -> None:
+    """Maps that are constant on 2x2 patches, of four values a channel, come back exactly from words of neighbours."""
+    draw = torch.Generator().manual_seed(3)
+    # Exact in bf16, as words travel.
+    levels = torch.randint(-8, 8, (6, 4), generator=draw).float()
+    which = torch.randint(4, (32, 6, 4, 8), generator=draw)
+    coarse = levels[torch.arange(6)[:, None, None], which]
+    x = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    codec = codecs.build("vq:16,4,2")
+    codec.check((6, 8, 16))
+    encoded = codec.encode(x)
+    assert torch.equal(codec.decode(encoded), x)
+    # One index for four values; a codebook for each channel.
+    assert encoded.tensors[0].numel() == x.numel() // 4 // 2 and encoded.tensors[1].shape == (6, 16, 4)
+    # Two channels a vector: half of the groups, words of twice the length.
+    pairs = codecs.build("vq:16,8,2").encode(x)
+    assert pairs.tensors[1].shape == (3, 16, 8) and pairs.tensors[0].numel() == x.numel() // 8 // 2
+    # Vectors of channels find no such order.
+    assert _error(codecs.build("vq:16,3"), x) > 0.05
+
+
+@pytest.mark.parametrize("name", ["contiguous", "channels last", "bf16", "fp64"])
+def test_patches_keep_shape_strides_and_dtype(name: str) -> None:
+    x = TENSORS[name]
+    codec = codecs.build("vq:16,4,2")
+    assert codec.name == "vq:16,4,2"
+    encoded = codec.encode(x)
+    y = codec.decode(encoded)
+    assert (y.shape, y.stride(), y.dtype) == (x.shape, x.stride(), x.dtype)
+    # Each value went where it came from: nearer to it than to its neighbour.
+    assert (y - x).norm() < 0.7 * (y - x.roll(1, 3)).norm()
+    # The memory format does not change what is coded.
+    other = codecs.build("vq:16,4,2").encode(x.contiguous())
+    assert torch.equal(other.tensors[0], encoded.tensors[0])
+
+
+def test_patches_that_do_not_fit() -> None:
+    for spec, message in (
+        ("vq:16,4,0", "expected S >= 1 whose square divides D, got vq:16,4,0"),
+        ("vq:16,6,2", "expected S >= 1 whose square divides D, got vq:16,6,2"),
+        ("vq:16,4,2,1", "unknown codec"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            codecs.build(spec)
+    codec = codecs.build("vq:16,8,2")
+    for shape in ((6, 8, 7), (6, 7, 8), (6,), (6, 4)):
+        with pytest.raises(
+            ValueError, match="patches need feature maps .* divisible by 2, got .*use vq:16,8"
+        ):
+            codec.check(shape)
+    with pytest.raises(ValueError, match="D has to divide the channels times 4, got 20 of"):
+        codec.check((5, 8, 8))
+    encoded = codecs.build("vq:16,4,2").encode(torch.randn(4, 4, 8, 8))
+    layout = replace(encoded.layout, shape=(4, 4, 16, 4))
+    for shape in ((4, 4, 64), (4, 4, 1, 64), (4, 4, 64, 1)):
+        with pytest.raises(CodecError, match="expected .N, C, H, W. with H and W divisible by 2"):
+            codecs.build("vq:16,4,2").decode(replace(encoded, layout=replace(layout, shape=shape)))
