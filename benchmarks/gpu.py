@@ -37,7 +37,7 @@ STEM_WEIGHTS = {"vq": 14.0, "critic_head": 12.0, "bn_relu_pool": 10.0}
 
 def _bench(stem: str) -> Section:
     weight = STEM_WEIGHTS.get(stem, 5.0)
-    return Section(stem, f"{stem} beside torch and other packages", bench(stem), 30, weight)
+    return Section(stem, f"{stem} beside torch and other packages", bench(stem), 20, weight)
 
 
 # Nothing else runs without the build. The sanitizer, which can take any time, gets what is left at the end.
@@ -46,10 +46,10 @@ SECTIONS = (
     Section("build", "the native module for this device", build, 20, 60),
     Section("correctness", "the test ladder on the device", correctness, 30, 40),
     *map(_bench, FIRST),
-    Section("overlap", "groups on streams of this device beside the compiled plain step", overlap, 60, 14),
+    Section("overlap", "groups on streams of this device beside the compiled plain step", overlap, 40, 14),
     Section("cifar10", "local critics, greedy and back-propagation trained", cifar10, 30, 16, no_data),
     *map(_bench, OTHERS),
-    Section("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 30, 12),
+    Section("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 20, 12),
 )
 
 
@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None, sections: Sequence[Section] = S
     if mixed:
         print(f"gpu: {mixed}", file=sys.stderr)
         return 2
+    if options.fake:
+        print("fake: the CPU stands in for a device; nothing here says anything of a GPU", flush=True)
     chosen = [section for section in sections if section.name in wanted]
     context = Context(out, options.budget, fake=options.fake, data=options.data, facts=facts(options.fake))
     return run_sections(chosen, context)
@@ -117,7 +119,8 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
         record = json.loads(path.read_text())
         if isinstance(record, dict) and record.get("section") == path.stem:
             found[path.stem] = {"fake": False, **record}
-    return found
+    order = [section.name for section in SECTIONS]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1))
 
 
 def facts(fake: bool) -> dict[str, Any]:

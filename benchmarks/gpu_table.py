@@ -46,7 +46,9 @@ def tables(folder: Path = RECORD, allow_fake: bool = False) -> dict[str, str]:
 def environment(records: Records) -> str:
     """What it ran on. Sections that were run at different times may differ; each combination is a row."""
     keys = ("device", "torch", "triton", "cuda", "python", "commit", "sources")
-    seen = dict.fromkeys(tuple(str(record.get(key)) for key in keys) for record in records.values())
+    seen = dict.fromkeys(
+        tuple(str(record.get(key) or "not known") for key in keys) for record in records.values()
+    )
     return markdown(("device", "torch", "triton", "CUDA", "Python", "commit", "sources"), list(seen))
 
 
