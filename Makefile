@@ -33,9 +33,9 @@ bench: $(VENV)/installed-rivals
 build: $(VENV)/installed
 	$(BIN)/pip install -q --no-deps -e .
 
-# On a CUDA machine without network, in the Python that holds its torch.
+# On a CUDA machine without network, in the Python that holds its torch. ARGS="--fake --out DIR" tries it on a CPU.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu
+	$(PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info lct_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache $(VENV)

@@ -28,7 +28,7 @@ def bench(stem: str) -> Callable[[Context], dict[str, Any]]:
         command = [sys.executable, "-m", "lct_fast.cli.bench", *(each.name for each in by_stem()[stem])]
         command += ["--out", str(out), "--budget", f"{MEASURING_SHARE * context.left():.0f}"]
         if context.fake:
-            command += ["--device", "cpu", "--backend", "cpu", "--trial", "--against", "torch eager"]
+            command += ["--device", "cpu", "--backend", "cpu", "--trial"]
         else:
             command += ["--device", "cuda", "--rivals"]
         status, text = call(command, context, f"bench-{stem}.log", environ(context), ROOT)

@@ -56,7 +56,7 @@ def test_every_section_runs_and_is_recorded_and_becomes_a_table(tmp_path: Path) 
     found = {name: record["found"] for name, record in records.items()}
     assert found["environment"]["packages"]["torch"] and "capability" not in found["environment"]
     assert "compiler" in found["build"]["build_info"]
-    assert found["correctness"]["passed"] > 100 and found["correctness"]["failed"] == 0
+    assert found["correctness"]["passed"] > 20 and found["correctness"]["failed"] == 0
     for stem in ("vq", "critic_head"):
         rows = found[stem]["report"]["rows"]
         assert {row["contender"] for row in rows} == {"lct_fast", "torch eager"}

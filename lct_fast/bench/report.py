@@ -24,7 +24,7 @@ class Plan:
     """What to measure.
 
     shapes: none for each bench's own. budget_s: shapes that do not fit are left out. trial: a tiny shape of each
-    bench, whose times mean nothing, to see that it works.
+    bench, to see that it works; times mean nothing.
     """
 
     benches: Sequence[Bench]

@@ -52,7 +52,7 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--trial",
         action="store_true",
-        help="a tiny shape of each op, to see that it works; times and roofline then mean nothing",
+        help="a tiny shape of each op, nothing compiled, to see that it works; times then mean nothing",
     )
     parser.add_argument(
         "--backend",
@@ -97,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a file to write, got the folder {args.out}")
     plan = report.Plan(
         benches=cases.find(args.ops),
-        place=Place(args.device, tuple(args.backend), args.rivals, tuple(args.against)),
+        place=Place(
+            args.device, tuple(args.backend), args.rivals, tuple(args.against), compiled=not args.trial
+        ),
         samples=samples,
         shapes=tuple(args.shape),
         budget_s=args.budget,
