@@ -170,7 +170,7 @@ def correctness(context: Context) -> dict[str, Any]:
     if stopped:
         raise SectionFailed(f"{found['line']}; no time for the others, give a larger --budget", found)
     if not found["passed"]:
-        raise SectionFailed("no test ran", found)
+        raise SectionFailed(f"no test ran: {last_line(done[0][1])}", found)
     return found
 
 

@@ -49,7 +49,7 @@ def write_reports(context: Context, status: int, xml: str) -> Callable[..., tupl
         (124, JUNIT, "first t::bad"),
         (2, GOOD, "1 passed, 0 failed, 0 skipped; no time for the others"),
         (2, "", "pytest ended with status 2"),
-        (5, "<testsuites/>", "no test ran"),
+        (5, "<testsuites/>", "no test ran: the last words"),
     ],
 )
 def test_correctness_fails_on_failures_crashes_and_nothing_run(

@@ -28,17 +28,10 @@ def read(path: Path) -> Any:
 @pytest.mark.timeout(900)
 def test_every_section_runs_and_is_recorded_and_becomes_a_table(tmp_path: Path) -> None:
     out = tmp_path / "fake"
-    log = (tmp_path / "log").open("w+")
-    done = subprocess.run(
-        [*COMMAND, "--out", str(out), "--budget", "800"],
-        cwd=ROOT,
-        env=ENV,
-        stdout=log,
-        stderr=log,
-        timeout=850,
-    )
-    log.seek(0)
-    lines = log.read().splitlines()
+    command = [*COMMAND, "--out", str(out), "--budget", "800"]
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run(command, cwd=ROOT, env=ENV, stdout=log, stderr=log, timeout=850)
+    lines = (tmp_path / "log").read_text().splitlines()
     names = [section.name for section in gpu.SECTIONS]
     assert done.returncode == 0, "\n".join(lines)
 
