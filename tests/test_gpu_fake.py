@@ -28,7 +28,7 @@ def read(path: Path) -> Any:
 @pytest.mark.timeout(900)
 def test_every_section_runs_and_is_recorded_and_becomes_a_table(tmp_path: Path) -> None:
     out = tmp_path / "fake"
-    command = [*COMMAND, "--out", str(out), "--budget", "800"]
+    command = [*COMMAND, "--out", str(out), "--budget", "2400"]
     with (tmp_path / "log").open("w") as log:
         done = subprocess.run(command, cwd=ROOT, env=ENV, stdout=log, stderr=log, timeout=850)
     lines = (tmp_path / "log").read_text().splitlines()
