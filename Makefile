@@ -33,9 +33,9 @@ bench: $(VENV)/installed-rivals
 build: $(VENV)/installed
 	$(BIN)/pip install -q --no-deps -e .
 
-# On a CUDA machine without network, in the Python that holds its torch.
+# On a CUDA machine without network, in the Python that holds its torch. ARGS="--fake --out DIR" tries it on a CPU.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu
+	$(PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu $(ARGS)
 
 # dist/cpu and, where nvcc is on the PATH, dist/cuda: one wheel each, for this Python and any supported torch.
 wheel: $(VENV)/installed-test

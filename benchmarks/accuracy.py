@@ -82,34 +82,35 @@ def cifar10(data: str, images: int, epochs: int, seed: int) -> list[Run]:
     ]
 
 
+def command_of(run: Run, out: Path) -> list[str]:
+    """The command that trains into the folder ``out``."""
+    return [sys.executable, "-m", "lct_fast", "train", *run.options, "--out", str(out)]
+
+
+def result_of(run: Run, out: Path) -> dict[str, Any]:
+    """The summary of a complete run, its name and its options, without the machine's paths."""
+    summary = json.loads((out / "summary.json").read_text())
+    options = [o if "/" not in o else o.partition(":")[0] + ":PATH" for o in run.options]
+    return {"name": run.name, "options": options, **summary}
+
+
 def execute(run: Run, folder: Path, threads: int) -> dict[str, Any]:
     """Trains, or reads the summary of a run that is complete; a run cut short goes on."""
     out = folder / run.name
     if not (out / "summary.json").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "lct_fast",
-            "train",
-            *run.options,
-            "--threads",
-            str(threads),
-            "--out",
-            str(out),
-        ]
+        command = [*command_of(run, out), "--threads", str(threads)]
         if (out / "config.yaml").exists():
             command.append("--resume")
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{run.name}: {done.stderr.strip().splitlines()[-1]}")
-    summary = json.loads((out / "summary.json").read_text())
-    exits = " ".join(f"{a:.2%}" for a in summary["exit_test_accuracy"])
+    result = result_of(run, out)
+    exits = " ".join(f"{a:.2%}" for a in result["exit_test_accuracy"])
     print(
-        f"{run.name:<26} {summary['test_accuracy']:7.2%}  exits {exits}  {summary['seconds']:.0f} s",
+        f"{run.name:<26} {result['test_accuracy']:7.2%}  exits {exits}  {result['seconds']:.0f} s",
         flush=True,
     )
-    options = [o if "/" not in o else o.partition(":")[0] + ":PATH" for o in run.options]
-    return {"name": run.name, "options": options, **summary}
+    return result
 
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:

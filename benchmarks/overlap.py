@@ -1,11 +1,11 @@
 """K groups of one network on streams of one GPU, beside its compiled plain step: what copies and launches cost.
 
-    python -m benchmarks.overlap --out DIR [--groups 2,4] [--batch 512] [--budget SECONDS]
+    python -m benchmarks.overlap --out DIR [--groups 2,4] [--batch 512] [--budget SECONDS] [--trial]
 
 The VGG-like network of arXiv 2102.01963 with pooled critics, local-critic, bf16 autocast, channels-last. Every
 contender has CUDA graphs but the one that is named eager. DIR/overlap.json has the figures, DIR/overlap-K.trace.json
 the kernels of a few steps (open it at ui.perfetto.dev). Exit status 1: the pipeline does not compute what lockstep
-does.
+does. --trial runs all of it on the CPU in seconds, where there are no streams to time.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import lct_fast as lct
+from benchmarks.sections import write
 from lct_fast.bench.machine import commit, versions
 from lct_fast.engine import streams
 from lct_fast.engine.graphs import eager_lines
@@ -84,6 +85,10 @@ class Task:
             compile=self.on_cuda,
             graphs=graphs,
         )
+
+
+# A trial of this code: nothing it measures means anything.
+TRIAL = Task(device="cpu", batch=4, width=0.0625, steps=1, samples=2, least=1)
 
 
 class Staged(streams.CudaDevice):
@@ -243,9 +248,10 @@ def main(arguments: Sequence[str] | None = None, task: Task | None = None) -> in
     parser.add_argument("--groups", default="2,4", help="numbers of groups (default 2,4)")
     parser.add_argument("--batch", type=int, default=512, help="samples a batch (default 512)")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of sampling (default 60)")
+    parser.add_argument("--trial", action="store_true", help="a tiny network on the CPU: whether it works")
     options = parser.parse_args(arguments)
     counts = [int(n) for n in options.groups.split(",")]
-    task = task or Task(batch=options.batch)
+    task = task or (TRIAL if options.trial else Task(batch=options.batch))
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"versions": versions(), "commit": commit(), "device": task.device, "rows": []}
     if task.on_cuda:
@@ -259,7 +265,7 @@ def main(arguments: Sequence[str] | None = None, task: Task | None = None) -> in
             )
             return 1
         report["rows"].append(row)
-        (options.out / "overlap.json").write_text(json.dumps(report, indent=1) + "\n")
+        write(options.out / "overlap.json", report)
         print(line(row), flush=True)
     return 0
 

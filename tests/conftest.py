@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # cuBLAS is only deterministic with a workspace of fixed size, and reads this when it starts.
@@ -25,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shard", help="I/N: run every N-th test, from the I-th: one of N processes", metavar="I/N"
     )
+    parser.addoption(
+        "--seconds", type=float, help="begin no test after this long; the status is 2 where some are left"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,6 +37,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         index, count = map(int, shard.split("/"))
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != index])
         items[:] = items[index::count]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--seconds"):
+        config.pluginmanager.register(Deadline(config.getoption("--seconds")))
+
+
+class Deadline:
+    """Ends a session in time to write its reports, which one that is killed never does."""
+
+    def __init__(self, seconds: float) -> None:
+        self.until = time.monotonic() + seconds
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """What runs on a device comes first."""
+        items.sort(key=lambda item: "-cuda" not in item.name and item.get_closest_marker("cuda") is None)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, object, object]:
+        result = yield
+        if nextitem is not None and time.monotonic() > self.until:
+            item.session.shouldstop = "the time is up"
+        return result
 
 
 def needs_gpus(count: int) -> pytest.MarkDecorator:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,20 +12,13 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu, sections
-from benchmarks.sections import Context, Section, SectionFailed, call, run_sections
+from benchmarks.gpu_host import sources
+from benchmarks.sections import CUT, Context, Section, SectionFailed, call, run_sections
+from lct_fast.bench.cases import by_stem
 from tests.conftest import pytest_collection_modifyitems
+from tests.gpu_helpers import Clock, runs
 
 ROOT = Path(__file__).parents[1]
-
-
-class Clock:
-    """Time that passes only when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def passing(name: str, log: list[str], seconds: float = 0.0, clock: Clock | None = None) -> Section:
@@ -89,15 +82,81 @@ def test_a_failure_is_recorded_and_the_next_section_runs(
     assert read(tmp_path / "good.json")["status"] == "passed"
 
 
-def test_what_the_budget_does_not_cover_is_not_run_and_says_so(tmp_path: Path) -> None:
+def test_what_the_budget_does_not_cover_is_not_run_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock, log = Clock(), list[str]()
-    chosen = [passing("long", log, 58, clock), passing("late", log), failing("never", ValueError())]
+    chosen = [passing("long", log, 58, clock), passing("late", log), failing("never", ValueError("no"))]
     status = run_sections(chosen, Context(tmp_path, 60, clock))
     assert status == 1 and log == ["long"]
     assert read(tmp_path / "long.json")["seconds"] == 58
-    record = read(tmp_path / "late.json")
-    assert record["status"] == "not run"
-    assert record["error"] == "2 s left of 60; give a larger --budget"
+    assert read(tmp_path / "long.json")["status"] == "passed"
+    named = {record["section"]: record for record in read(tmp_path / "summary.json")}
+    assert [named[name]["status"] for name in ("long", "late", "never")] == ["passed", "not run", "not run"]
+    assert named["late"]["error"] == "2 s left of 60; give a larger --budget"
+    assert not (tmp_path / "late.json").exists()
+    # The table names it too.
+    assert "late   not run" in capsys.readouterr().out
+
+
+def test_what_is_not_run_leaves_an_earlier_record(tmp_path: Path) -> None:
+    run_sections([passing("late", [])], Context(tmp_path, 60))
+    assert run_sections([passing("late", [])], Context(tmp_path, 2)) == 1
+    assert read(tmp_path / "late.json")["status"] == "passed"
+
+
+def test_a_record_that_is_begun_again_is_gone_until_it_ends(tmp_path: Path) -> None:
+    def look(context: Context) -> dict[str, Any]:
+        return {"there": (context.out / "one.json").exists()}
+
+    for _ in range(2):
+        run_sections([Section("one", "", look)], Context(tmp_path, 60))
+        assert read(tmp_path / "one.json")["found"] == {"there": False}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_lacks_something_is_skipped_and_is_no_failure(tmp_path: Path) -> None:
+    ran = list[str]()
+    lacking = replace(passing("one", ran), lacks=lambda context: "add --data")
+    assert run_sections([lacking, passing("two", ran)], Context(tmp_path, 60)) == 0
+    assert ran == ["two"] and not (tmp_path / "one.json").exists()
+    skipped = read(tmp_path / "summary.json")[0]
+    assert (skipped["status"], skipped["error"]) == ("skipped", "add --data")
+
+
+def test_a_section_gets_its_share_and_what_others_left(tmp_path: Path) -> None:
+    clock, given = Clock(), list[float]()
+
+    def run(context: Context) -> dict[str, Any]:
+        given.append(context.left())
+        clock.now += 10
+        return {}
+
+    weights = {"heavy": 6.0, "light": 1.0, "last": 1.0}
+    chosen = [Section(name, "", run, 5, weight) for name, weight in weights.items()]
+    run_sections(chosen, Context(tmp_path, 80, clock))
+    # 6 of 8 parts of 80 s, then half of the 70 s that are left, then all.
+    assert given == [60, 35, 60]
+
+
+def test_no_section_gets_less_than_it_needs_nor_more_than_there_is(tmp_path: Path) -> None:
+    given = list[float]()
+
+    def run(context: Context) -> dict[str, Any]:
+        given.append(context.left())
+        return {}
+
+    chosen = [Section("small", "", run, 30, 1), Section("large", "", run, 5, 99)]
+    run_sections(chosen, Context(tmp_path, 40, Clock()))
+    assert given == [30, 40]
+
+
+def test_every_record_says_what_it_is_about(tmp_path: Path) -> None:
+    context = Context(tmp_path, 60, fake=True, facts={"device": "a machine"})
+    run_sections([passing("good", []), failing("bad", ValueError("no"))], context)
+    for name in ("good", "bad"):
+        record = read(tmp_path / f"{name}.json")
+        assert record["fake"] is True and record["device"] == "a machine" and record["began"].endswith("Z")
 
 
 def test_a_command_is_cut_at_the_budget_and_its_output_kept(tmp_path: Path) -> None:
@@ -106,6 +165,20 @@ def test_a_command_is_cut_at_the_budget_and_its_output_kept(tmp_path: Path) -> N
     status, text = call([sys.executable, "-c", code], context, "x.log", os.environ, tmp_path)
     assert status == 124 and text == "began\n"
     assert (tmp_path / "x.log").read_text() == "began\n"
+
+
+def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    """Else a compiler or a watched program would go on beside the next section."""
+    child = "import time; print('alive', flush=True); time.sleep(60)"
+    code = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True)"
+    )
+    for seconds, rest in ((30.0, "; import time; time.sleep(0.5)"), (3.0, "; import time; time.sleep(60)")):
+        status, text = call(
+            [sys.executable, "-c", code + rest], Context(tmp_path, seconds), "x.log", os.environ, tmp_path
+        )
+        assert status == (0 if seconds == 30 else CUT)
+        assert not runs(int(text.splitlines()[0]))
 
 
 def test_a_command_s_status_and_both_streams_come_back(tmp_path: Path) -> None:
@@ -117,6 +190,7 @@ def test_a_command_s_status_and_both_streams_come_back(tmp_path: Path) -> None:
 @pytest.fixture
 def with_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "no_device", lambda: "")
+    monkeypatch.setattr(gpu, "facts", lambda fake: {"device": "none"})
 
 
 def test_sections_are_chosen_by_name_and_keep_their_order(with_device: None, tmp_path: Path) -> None:
@@ -135,10 +209,87 @@ def test_an_unknown_section_is_exit_status_2(value: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--sections", value])
     assert stop.value.code == 2
-    said = (
-        "there are environment, build, correctness, sanitizer, vq, critic_head, bn_relu_pool, block_quantize"
-    )
+    said = "there are environment, build, correctness, vq, critic_head, bn_relu_pool, block_quantize, overlap, cifar10"
     assert said in capsys.readouterr().err
+
+
+def test_a_time_that_ends_is_exit_status_1_and_names_what_is_left(
+    with_device: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--out", str(tmp_path), "--budget", "3"], [passing("a", []), passing("b", [])]) == 1
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["a", "not", "run"],
+        ["b", "not", "run"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("cifar10:/no/such/folder", "--data: /no/such/folder does not exist"),
+        ("/tmp", "--data is cifar10:PATH, got '/tmp'"),
+        ("cifar10:", "--data is cifar10:PATH, got 'cifar10:'"),
+        ("digits:x", "--data is cifar10:PATH, got 'digits:x'"),
+    ],
+)
+def test_wrong_images_are_refused_before_any_work(
+    data: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--data", data])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_fake_and_true_records_do_not_mix(
+    fake: bool, with_device: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path)]
+    first, second = (["--fake"], []) if fake else ([], ["--fake"])
+    assert gpu.main([*options, *first], [passing("a", [])]) == 0
+    before = (tmp_path / "a.json").read_bytes()
+    ran = list[str]()
+    assert gpu.main([*options, *second], [passing("a", ran)]) == 2
+    there, here = ("fake", "true") if fake else ("true", "fake")
+    assert f"holds a {there} record, and this is a {here} one" in capsys.readouterr().err
+    assert not ran and (tmp_path / "a.json").read_bytes() == before
+    # Once more of the same kind is fine.
+    assert gpu.main([*options, *first], [passing("a", ran)]) == 0
+
+
+def test_a_record_that_does_not_say_so_is_no_fake(tmp_path: Path) -> None:
+    (tmp_path / "vq.json").write_text('{"section": "vq", "status": "passed"}')
+    (tmp_path / "bench-vq.json").write_text('{"rows": []}')
+    assert gpu.read_records(tmp_path) == {"vq": {"section": "vq", "status": "passed", "fake": False}}
+    assert gpu.other_kind(tmp_path, True) and not gpu.other_kind(tmp_path, False)
+    assert not gpu.other_kind(tmp_path / "nowhere", True)
+
+
+def test_sources_are_known_without_git(tmp_path: Path) -> None:
+    (tmp_path / "csrc").mkdir()
+    kernel = tmp_path / "csrc" / "a.cu"
+    kernel.write_text("one")
+    first = sources(tmp_path)
+    (tmp_path / "csrc" / "notes.txt").write_text("of no importance")
+    assert sources(tmp_path) == first
+    kernel.write_text("two")
+    assert sources(tmp_path) != first
+
+
+def test_what_is_most_telling_comes_first_and_has_its_part_of_the_time() -> None:
+    names = [section.name for section in gpu.SECTIONS]
+    assert names[:4] == ["environment", "build", "correctness", "vq"]
+    assert set(by_stem()) | {"overlap", "cifar10", "sanitizer"} < set(names) and len(set(names)) == len(names)
+    # The worst case: everyone takes all of its part.
+    total, left, ran = sum(section.weight for section in gpu.SECTIONS), 540.0, list[str]()
+    for section in gpu.SECTIONS:
+        share = min(left, max(section.least_s, section.weight / total * left))
+        assert share <= 0.35 * 540
+        if left >= section.least_s:
+            ran.append(section.name)
+            left -= share
+        total -= section.weight
+    assert ran[:9] == names[:9] and names[8] == "cifar10"
 
 
 def test_without_a_device_there_is_one_line_and_exit_status_2() -> None:
@@ -158,196 +309,6 @@ def test_list_names_the_sections_without_a_device(capsys: pytest.CaptureFixture[
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         s.name for s in gpu.SECTIONS
     ]
-
-
-JUNIT = """<testsuites><testsuite>
-<testcase classname="t" name="good"/>
-<testcase classname="t" name="bad"><failure message="x"/></testcase>
-<testcase classname="t" name="worse"><error message="x"/></testcase>
-<testcase classname="t" name="absent"><skipped message="no CUDA device"/></testcase>
-</testsuite></testsuites>"""
-
-
-def write_reports(context: Context, status: int, xml: str) -> Callable[..., tuple[int, str]]:
-    def fake(command: list[str], *_: Any) -> tuple[int, str]:
-        report = next(word.removeprefix("--junitxml=") for word in command if word.startswith("--junitxml="))
-        if xml:
-            Path(report).write_text(xml)
-        return status, "the last words\n"
-
-    return fake
-
-
-@pytest.mark.parametrize(
-    ("status", "xml", "says"),
-    [
-        (1, JUNIT, "1 passed, 2 failed, 1 skipped, first t::bad"),
-        (4, "", "pytest ended with status 4: the last words"),
-        (124, JUNIT, "pytest ended with status 124"),
-        (5, "<testsuites/>", "no test ran"),
-    ],
-)
-def test_correctness_fails_on_failures_crashes_and_nothing_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, xml: str, says: str
-) -> None:
-    context = Context(tmp_path, 60)
-    monkeypatch.setattr(gpu, "call", write_reports(context, status, xml))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(SectionFailed) as failure:
-        gpu.correctness(context)
-    assert says in str(failure.value)
-
-
-def test_correctness_passes_when_tests_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = Context(tmp_path, 60)
-    good = '<testsuites><testsuite><testcase classname="t" name="good"/></testsuite></testsuites>'
-    monkeypatch.setattr(gpu, "call", write_reports(context, 0, good))
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    found = gpu.correctness(context)
-    assert found["shards"] == 2 and found["passed"] == 2
-
-
-@pytest.fixture
-def with_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/bin/{name}")
-
-
-EXERCISES = [("critic_head", "cuda"), ("critic_head", "triton"), ("bn_relu_pool", "triton")]
-
-
-def test_the_sanitizer_reports_each_op_and_fails_on_any(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tools: None
-) -> None:
-    commands: list[list[str]] = []
-
-    def fake(command: list[str], context: Context, log: str, *_: Any) -> tuple[int, str]:
-        commands.append(command)
-        bad = log == "racecheck-critic_head-triton.log"
-        return (9, "RACECHECK SUMMARY: 1 hazard\n") if bad else (0, "ERROR SUMMARY: 0 errors\n")
-
-    monkeypatch.setattr(gpu, "call", fake)
-    monkeypatch.setattr(gpu, "exercises", lambda: EXERCISES)
-    with pytest.raises(
-        SectionFailed, match="racecheck critic_head triton: RACECHECK SUMMARY: 1 hazard"
-    ) as failure:
-        gpu.sanitizer(Context(tmp_path, 60))
-    found = failure.value.found
-    assert found["memcheck bn_relu_pool triton"] == {"status": 0, "summary": "ERROR SUMMARY: 0 errors"}
-    assert len(found) == 7 and found["line"] == "5 of 6 clean"
-    few = [command for command in commands if "--few" in command]
-    assert len(few) == 3 and all("racecheck" in command for command in few)
-
-
-def test_the_sanitizer_takes_its_share_of_the_time_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tools: None
-) -> None:
-    clock = Clock()
-
-    def fake(command: list[str], context: Context, *_: Any) -> tuple[int, str]:
-        assert context.left() <= 100 * gpu.SANITIZER_SHARE
-        clock.now += 30
-        return 0, "ERROR SUMMARY: 0 errors\n"
-
-    monkeypatch.setattr(gpu, "call", fake)
-    monkeypatch.setattr(gpu, "exercises", lambda: EXERCISES)
-    context = Context(tmp_path, 100, clock)
-    with pytest.raises(SectionFailed, match="no time left") as failure:
-        gpu.sanitizer(context)
-    assert failure.value.found["line"] == "2 of 6 clean" and context.left() == 40
-
-
-def test_every_op_is_exercised_on_every_backend_it_has() -> None:
-    found = gpu.exercises()
-    assert {("critic_head", "cuda"), ("critic_head", "triton"), ("bn_relu_pool", "triton")} <= set(found)
-    assert ("block_quantize", "cuda") in found and ("block_quantize", "triton") not in found
-    for stem, backend in found:
-        assert backend in ("cuda", "triton") and (ROOT / f"tests/ops/{stem}_exercise.py").is_file()
-
-
-def test_a_missing_sanitizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
-    with pytest.raises(SectionFailed, match="compute-sanitizer is not on the PATH"):
-        gpu.sanitizer(Context(tmp_path, 60))
-
-
-def row(op: str, backend: str, rival: float | None, **sizes: int) -> dict[str, Any]:
-    shape = ",".join(map(str, sizes.values()))
-    times = {} if rival is None else {"torch.compile": rival, "torch eager": rival + 1}
-    return {"op": op, "shape": shape, "backend": backend, "sizes": sizes, "times_as_fast_as": times}
-
-
-ROWS = [
-    # The best backend reaches 1.5 for few classes.
-    row("critic_head", "triton", 1.6, rows=1, classes=10),
-    row("critic_head", "cuda", 0.5, rows=1, classes=10),
-    row("critic_head", "triton", 1.4, rows=2, classes=128),
-    row("critic_head", "", None, rows=2, classes=128),
-    row("critic_head", "cuda", 1.1, rows=3, classes=129),
-    row("critic_head_wgrad", "cuda", 0.1, rows=4, classes=10),
-]
-
-
-def test_missed_aims_are_those_of_the_best_backend() -> None:
-    assert [each["shape"] for each in gpu.misses(ROWS)] == ["2,128"]
-    assert gpu.misses([row("vq_encode", "cuda", 1.9, codewords=256)])
-    assert not gpu.misses([row("vq_encode", "cuda", 1.9, codewords=1024)])
-    assert gpu.misses([row("bn_relu_pool_critic_head", "triton", 1.2, batch=1)])
-    assert not gpu.misses([])
-
-
-def measured(status: int, rows: list[dict[str, Any]]) -> Callable[..., tuple[int, str]]:
-    """Stands in for `lct-fast bench` and for ncu."""
-
-    def fake(command: list[str], context: Context, log: str, *_: Any) -> tuple[int, str]:
-        if "--out" not in command:
-            return 1, "ERR_NVGPUCTRPERM\n"
-        Path(command[command.index("--out") + 1]).write_text(json.dumps({"rows": rows}))
-        return status, "against the best rival: 1.4x\n"
-
-    return fake
-
-
-def test_a_benchmark_tells_missed_aims_and_profiles_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_tools: None
-) -> None:
-    monkeypatch.setattr(gpu, "call", measured(0, ROWS))
-    found = gpu.bench("critic_head")(Context(tmp_path, 600))
-    assert found["missed"] == ["critic_head 2,128: 1.40x"]
-    assert found["line"] == "against the best rival: 1.4x; 1 aims missed"
-    # Counters that may not be read are no failure.
-    assert found["profiles"][0]["said"] == "ERR_NVGPUCTRPERM" and found["profiles"][0]["status"] == 1
-    assert found["report"]["rows"] == ROWS
-
-
-def test_without_ncu_there_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
-    monkeypatch.setattr(gpu, "call", measured(0, ROWS))
-    found = gpu.bench("critic_head")(Context(tmp_path, 600))
-    assert [each["said"] for each in found["profiles"]] == ["ncu is not installed"]
-
-
-def test_a_benchmark_with_a_wrong_output_fails_and_keeps_its_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "call", measured(1, ROWS))
-    with pytest.raises(SectionFailed, match="status 1: against the best rival") as failure:
-        gpu.bench("vq")(Context(tmp_path, 600))
-    assert failure.value.found["report"]["rows"] == ROWS
-
-
-def test_benchmarks_leave_time_to_those_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-
-    def fake(command: list[str], *_: Any) -> tuple[int, str]:
-        commands.append(command)
-        return 0, "said\n"
-
-    monkeypatch.setattr(gpu, "call", fake)
-    for stem in gpu.STEMS:
-        gpu.bench(stem)(Context(tmp_path, 400, Clock()))
-    budgets = [float(command[command.index("--budget") + 1]) for command in commands]
-    assert budgets[0] == round(400 * 0.8 / len(gpu.STEMS)) and budgets[-1] == 320
-    assert commands[0][3:6] == ["vq_encode", "vq_decode", "vq_update"]
 
 
 def test_shards_split_the_tests_without_loss() -> None:

@@ -8,19 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, overlap
+from benchmarks import gpu_bench, overlap
+from benchmarks.overlap import TRIAL as SMALL
 from benchmarks.overlap import Task
-from benchmarks.sections import Context, SectionFailed
+from benchmarks.sections import CUT, Context, SectionFailed
 from lct_fast.engine import streams
-
-SMALL = Task(device="cpu", batch=4, width=0.0625, steps=1, samples=2, least=1)
 
 
 @pytest.mark.slow
 def test_it_writes_figures_and_traces_for_every_number_of_groups(
     tmp_path: Path, threads: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert overlap.main(["--out", str(tmp_path), "--groups", "2,4", "--budget", "1"], SMALL) == 0
+    assert overlap.main(["--out", str(tmp_path), "--groups", "2,4", "--budget", "1", "--trial"]) == 0
     report = json.loads((tmp_path / "overlap.json").read_text())
     assert [row["groups"] for row in report["rows"]] == [2, 4]
     for row in report["rows"]:
@@ -96,7 +95,9 @@ def row(**values: float | None) -> dict[str, Any]:
 
 def measured(status: int, rows: list[dict[str, Any]]) -> Callable[..., tuple[int, str]]:
     def fake(command: list[str], *_: Any) -> tuple[int, str]:
-        Path(command[command.index("--out") + 1], "overlap.json").write_text(json.dumps({"rows": rows}))
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir(exist_ok=True)
+        (folder / "overlap.json").write_text(json.dumps({"rows": rows}))
         return status, "first\nthe last words\n"
 
     return fake
@@ -104,8 +105,8 @@ def measured(status: int, rows: list[dict[str, Any]]) -> Callable[..., tuple[int
 
 def test_the_section_tells_missed_aims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row(), row(exposed_copy=0.2), row(launch_gaps=None)]
-    monkeypatch.setattr(gpu, "call", measured(0, rows))
-    found = gpu.overlap(Context(tmp_path, 100))
+    monkeypatch.setattr(gpu_bench, "call", measured(0, rows))
+    found = gpu_bench.overlap(Context(tmp_path, 100))
     assert found["line"] == "the last words" and found["report"]["rows"] == rows
     assert found["missed"] == [
         "2 groups, exposed_copy: 0.2, aim 0.03",
@@ -114,10 +115,15 @@ def test_the_section_tells_missed_aims(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_section_fails_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "call", measured(1, []))
+    monkeypatch.setattr(gpu_bench, "call", measured(1, []))
     with pytest.raises(SectionFailed, match="status 1: the last words"):
-        gpu.overlap(Context(tmp_path, 100))
+        gpu_bench.overlap(Context(tmp_path, 100))
 
 
-def test_it_is_a_section_of_the_gpu_command() -> None:
-    assert gpu.SECTIONS[-1].name == "overlap"
+def test_the_section_keeps_what_was_measured_before_its_time_was_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_bench, "call", measured(CUT, [row()]))
+    with pytest.raises(SectionFailed, match="cut after 1 numbers of groups") as failure:
+        gpu_bench.overlap(Context(tmp_path, 100))
+    assert failure.value.found["report"]["rows"] == [row()]

@@ -62,13 +62,15 @@ class Case:
 class Place:
     """Where to measure: device "cpu" or "cuda", backends of ours (none: every kernel), rivals beyond torch.
 
-    against: parts of names; only rivals that have one of them take part (none: all).
+    against: parts of names; only rivals that have one of them take part (none: all). compiled: with torch.compile
+    among the rivals.
     """
 
     device: str = "cpu"
     backends: tuple[str, ...] = ()
     rivals: bool = False
     against: tuple[str, ...] = ()
+    compiled: bool = True
 
     def running(self, *names: str) -> list[str]:
         """The backends that run all these ops here. Raises ValueError, with the reasons, where there is none."""
@@ -182,6 +184,8 @@ def plain_torch(
     compiled: what to compile instead, where the fastest way without a compiler is not the fastest with one.
     """
     yield Contender("torch eager", step(function), outputs, slack=slack, reset=reset)
+    if not place.compiled:
+        return
     modes = ("max-autotune-no-cudagraphs",) if place.device == "cuda" else ("", "max-autotune-no-cudagraphs")
     for mode in modes:
         fast = torch.compile(compiled or function, dynamic=False, mode=mode or None)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,11 @@ LEAST_SAMPLES = {"cpu": 7, "cuda": 30}
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. shapes: none for each bench's own. budget_s: shapes that do not fit are left out."""
+    """What to measure.
+
+    shapes: none for each bench's own. budget_s: shapes that do not fit are left out. trial: a tiny shape of each
+    bench, to see that it works; times mean nothing.
+    """
 
     benches: Sequence[Bench]
     place: Place
@@ -28,8 +33,11 @@ class Plan:
     shapes: tuple[str, ...] = ()
     budget_s: float = math.inf
     out: Path | None = None
+    trial: bool = False
 
     def shapes_of(self, bench: Bench) -> tuple[str, ...]:
+        if self.trial:
+            return (bench.tiny,)
         return self.shapes or bench.shapes[self.place.device]
 
 
@@ -44,7 +52,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             bench.parse(shape)
     begun = time.monotonic()
     sampler = Sampler(plan.place.device)
-    roof = roofline.measure(plan.place.device, sampler)
+    roof = roofline.measure(plan.place.device, sampler, plan.trial)
     report = _head(plan, roof)
     longest = 0.0
     for bench in plan.benches:
@@ -81,7 +89,8 @@ def _head(plan: Plan, roof: roofline.Roofline) -> dict[str, Any]:
     report: dict[str, Any] = {"benchmark": "ops", "command": " ".join(["lct-fast", *sys.argv[1:]])}
     report |= machine.header(device)
     report["versions"] |= rivals.versions(modules)
-    report |= {"samples": plan.samples, "roofline": roof.as_json(), "missing_rivals": rivals.missing(modules)}
+    report |= {"samples": plan.samples, "trial": plan.trial, "roofline": roof.as_json()}
+    report["missing_rivals"] = rivals.missing(modules)
     return report | {"left_out": [], "failed_checks": [], "rows": []}
 
 
@@ -91,7 +100,10 @@ def _finish(report: dict[str, Any], sampler: Sampler, out: Path | None) -> None:
     report["quiet"] = quiet(share, report["rows"])
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2) + "\n")
+        # Whole at any time: who runs out of time reads what there is.
+        partial = out.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(partial, out)
 
 
 def quiet(foreign_cpu_share: float, rows: Sequence[Row]) -> bool:

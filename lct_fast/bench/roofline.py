@@ -10,6 +10,8 @@ from lct_fast.bench.sampling import Sampler, percentiles
 
 # Bytes copied, and rows of the square matrices of a product.
 SIZES = {"cpu": (1 << 28, 2048), "cuda": (1 << 30, 8192)}
+# For a trial of the code.
+TRIAL = (1 << 20, 64)
 SAMPLES = 10
 
 
@@ -30,9 +32,9 @@ class Roofline:
         return {"copy_bytes_per_s": self.bytes_per_s, **rates}
 
 
-def measure(device: str, sampler: Sampler) -> Roofline:
-    """A copy, and a matrix product in float32 and bfloat16."""
-    copied, size = SIZES[device]
+def measure(device: str, sampler: Sampler, trial: bool = False) -> Roofline:
+    """A copy, and a matrix product in float32 and bfloat16; in a trial too small to mean anything."""
+    copied, size = TRIAL if trial else SIZES[device]
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     jobs = [Contender("copy", lambda: target.copy_(source), lambda out: {})]

@@ -50,6 +50,11 @@ def add_parser(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="instead of the op's own shapes; a wrong one says the form",
     )
     parser.add_argument(
+        "--trial",
+        action="store_true",
+        help="a tiny shape of each op, nothing compiled, to see that it works; times then mean nothing",
+    )
+    parser.add_argument(
         "--backend",
         action="append",
         default=[],
@@ -75,8 +80,11 @@ def run(args: argparse.Namespace) -> int:
     from lct_fast.bench import cases, report
     from lct_fast.bench.case import Place
 
-    samples = SAMPLES[args.device] if args.samples is None else args.samples
+    if args.trial and args.shape:
+        raise ValueError("--trial has shapes of its own; leave out --shape, or --trial")
     least = report.LEAST_SAMPLES[args.device]
+    usual = least if args.trial else SAMPLES[args.device]
+    samples = usual if args.samples is None else args.samples
     if samples < least:
         raise ValueError(
             f"--samples must be at least {least} on {args.device} to say anything, got {samples}"
@@ -89,11 +97,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a file to write, got the folder {args.out}")
     plan = report.Plan(
         benches=cases.find(args.ops),
-        place=Place(args.device, tuple(args.backend), args.rivals, tuple(args.against)),
+        place=Place(
+            args.device, tuple(args.backend), args.rivals, tuple(args.against), compiled=not args.trial
+        ),
         samples=samples,
         shapes=tuple(args.shape),
         budget_s=args.budget,
         out=args.out,
+        trial=args.trial,
     )
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)

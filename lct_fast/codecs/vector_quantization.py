@@ -89,9 +89,10 @@ class VectorQuantization(Codec):
         channels = (shape[0] if len(shape) == 3 else shape[-1]) * self.patch**2
         if channels % self.depth:
             times = f" times {self.patch**2}" if self.patch > 1 else ""
+            fit = ", ".join(str(d) for d in range(2, 17) if channels % d == 0) or channels
             raise ValueError(
-                f"codec {self.name}: D has to divide the channels{times}, got {channels} of {tuple(shape)}; choose D among "
-                f"{', '.join(str(d) for d in range(2, 17) if channels % d == 0) or channels}"
+                f"codec {self.name}: D has to divide the channels{times}, got {channels} of {tuple(shape)}; "
+                f"choose D among {fit}"
             )
 
     def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from lct_fast import ops
-from lct_fast.bench import cases
+from lct_fast.bench import cases, roofline
 from lct_fast.cli import main
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["critic_head", "--shape", "32,8,10,f32", "--samples", "7", "--threads", "1"]
 REPORT = {
     "benchmark", "command", "device", "cpu", "cores", "threads", "instruction_set", "huge_pages", "versions",
-    "commit", "samples", "roofline", "missing_rivals", "left_out", "failed_checks", "rows", "foreign_cpu_share",
-    "quiet",
+    "commit", "samples", "trial", "roofline", "missing_rivals", "left_out", "failed_checks", "rows",
+    "foreign_cpu_share", "quiet",
 }  # fmt: skip
 ROW = {
     "op", "shape", "sizes", "dtype", "bytes", "flops", "contender", "backend", "failed", "skipped", "us_p20",
@@ -48,6 +48,18 @@ def test_a_report_has_all_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (
         printed.count("32,8,10,f32") == len(found["rows"]) and "critic_head cpu" in printed.splitlines()[-1]
     )
+
+
+def test_a_trial_takes_a_tiny_shape_of_every_op_and_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(roofline, "SIZES", {})
+    assert main(["bench", "critic_head", "vq", "--trial", "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["trial"] is True and found["samples"] == 7
+    tiny = {(bench.name, bench.tiny) for bench in cases.find(["critic_head", "vq"])}
+    assert {(row["op"], row["shape"]) for row in found["rows"]} == tiny and len(tiny) > 3
+    assert {row["contender"] for row in found["rows"]} == {"lct_fast", "torch eager"}
 
 
 def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +97,7 @@ def test_missing_rivals_are_named(
         (["critic_head", "--shape", "1,2"], "a shape of critic_head is rows,depth,classes,f32|bf16|f16"),
         (["bn_relu_pool", "--shape", "4,3,5,4,2,f32,last"], "pool has to divide height and width"),
         (["critic_head", "--samples", "6"], "--samples must be at least 7 on cpu to say anything, got 6"),
+        ([*SMALL, "--trial"], "--trial has shapes of its own; leave out --shape, or --trial"),
         (["critic_head", "--threads", "0"], "--threads must be at least 1, got 0"),
         ([*SMALL, "--backend", "cuda"], "no backend of critic_head can be measured on cpu: cuda: "),
         (["critic_head", "--out", "."], "--out must be a file to write, got the folder ."),
