@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of one thread each use two cores better than one process of two on small tensors.
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint bench build gpu clean
+.PHONY: demo test lint bench tables build gpu clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -28,6 +28,10 @@ bench: $(VENV)/installed-rivals
 	$(BIN)/lct-fast bench --rivals --out benchmarks/results/ops_cpu.json
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-group-by=param:case
 	$(BIN)/python -m benchmarks.pipeline --out benchmarks/results/pipeline.json
+
+# Tables and plots of README and docs, from benchmarks/results.
+tables:
+	$(PYTHON) -m benchmarks.tables
 
 # Recompiles the native module in place after a change under csrc/.
 build: $(VENV)/installed
