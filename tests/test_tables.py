@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,11 @@ def change(tree: Path, name: str, how: Edit) -> None:
 
 def test_no_page_has_drifted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_it_needs_python_alone() -> None:
+    code = "import sys, benchmarks.tables.__main__; sys.exit(bool({'torch', 'numpy', 'lct_fast'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
 
 
 def test_a_changed_digit_in_a_page_is_named_and_written_back(
@@ -152,6 +159,12 @@ def test_a_result_file_without_what_a_table_needs_is_named(
     assert main(["--check"], tree) == 1
     said = capsys.readouterr().err
     assert said.startswith("digits: digits.json does not hold what the table needs (KeyError: 'over_seeds')")
+
+
+def test_a_trial_is_no_measurement(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(tree, "pipeline", lambda content: content.update(tiny=True))
+    assert main([], tree) == 1
+    assert re.match(r"pipeline-intro: .*it says that it is a trial of the code", capsys.readouterr().err)
 
 
 def test_plots_that_are_missing_changed_or_nobodys(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,6 +332,52 @@ def test_figures_rest_on_the_values_beside_them() -> None:
     )
     for file in sorted(RESULTS.glob("*.json")):
         assert not json.loads(file.read_text()).get("failed_checks"), file.name
+
+
+def on_page(page: str) -> str:
+    return " ".join((ROOT / "docs" / page).read_text().split())
+
+
+def test_what_the_pages_say_of_cifar10_in_lists() -> None:
+    gaps = stored("cifar10")["points_behind_backprop"]
+    greedy = [gap for name in ("greedy-pooled", "greedy-conv") for gap in gaps[name].values()]
+    local = [gap for name in gaps if name.startswith("local-critic") for gap in gaps[name].values()]
+    assert f"stays {min(greedy):.0f} to {max(greedy):.0f} points behind" in on_page("greedy.md")
+    longest = max(run["steps"] for run in stored("cifar10")["runs"])
+    said = f"{longest:,} steps are the longest above, more than {int(min(local))} points behind"
+    assert said in on_page("local_critic.md")
+
+
+def test_what_the_page_says_of_critics_in_lists() -> None:
+    page = on_page("critics.md")
+    rows = {row["contender"]: row for row in stored("critics")["screen"]["rows"]}
+    pooled = "local-critic-pooled_linear_pool_4"
+    half = rows[f"{pooled}-half_sided-1e-3"]["exit_accuracy"]
+    for loss in ("one_sided", "mixed_0.9", "mixed_1"):
+        (row,) = (r for name, r in rows.items() if name == f"{pooled}-{loss}-1e-3")
+        assert max(abs(a - b) for a, b in zip(row["exit_accuracy"], half, strict=True)) < 2.5
+    assert "are about two points from it at most" in page
+    wide, plain = rows["greedy-mlp_sr_aux"], rows["greedy-pooled_linear_pool_4"]
+    times = max(wide["critic_mac_share"]) / max(plain["critic_mac_share"])
+    assert f"behind 4x4 pooling at every exit at {times:.0f} times its cost" in page
+    assert all(a < b for a, b in zip(wide["exit_accuracy"], plain["exit_accuracy"], strict=True))
+    for method, name in (("greedy", ""), ("local-critic", "-half_sided-1e-3")):
+        (serial,) = (r for r in rows.values() if r["serial"] and r["method"] == method)
+        without = rows[f"{method}-pooled_linear_pool_4{name}"]["exit_accuracy"]
+        assert all(a < b for a, b in zip(serial["exit_accuracy"], without, strict=True)), method
+
+
+def test_what_the_page_says_of_likelihood_ratios_in_lists() -> None:
+    file = stored("likelihood_ratio")
+    variance = {kind: found["over_antithetic"] for kind, found in file["variance"].items()}
+    # "about half the variance of pairs", "Halton's are several times worse" with 64 values.
+    assert all(0.4 < found["independent, baseline"] < 0.6 for found in variance.values())
+    assert variance["linear"]["sobol, baseline"] < 0.5 < 1 < variance["conv"]["antithetic, sobol"]
+    assert variance["conv"]["antithetic, halton"] > 3
+    runs = {run["name"]: run["test_accuracy"] for run in file["runs"]}
+    full = "logits, mlp, K=2, 32 copies"
+    assert abs(runs[full] - runs[f"{full}, signs kept"]) < 0.01
+    assert runs["error rate"] < runs["cross-entropy"]
 
 
 # benchmarks/README.md.

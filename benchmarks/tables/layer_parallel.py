@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from benchmarks.tables.markdown import between, paragraph, table
+from benchmarks.tables.markdown import at_most, between, paragraph, table
 from benchmarks.tables.results import Results
 
 Row = dict[str, Any]
@@ -69,7 +69,7 @@ def digits_words(results: Results) -> str:
     worth = [found["augmented-lagrangian", k, "0"] - found["penalty", k, "0"] for k in ("2", "4")]
     costs = all(found[m, "4", "0"] < found[m, "2", "0"] for m in ("penalty", "augmented-lagrangian"))
     return paragraph(
-        f"One serial epoch in five brings every one of them within {serial:.1f} points of back-propagation. Without, "
+        f"One serial epoch in five brings every one of them within {at_most(serial, 0.1)} points of back-propagation. Without, "
         f"multipliers are worth {between(worth)} points"
         + (", and every cut costs: a sample's loss reaches group 1 only after K visits." if costs else "."),
     )

@@ -77,10 +77,10 @@ def _compared(ratio: float) -> str:
 def pipeline_words(results: Results) -> str:
     """What the figures say, in words that follow from them."""
     r = results("pipeline")
-    coding = [r["eta_vq"] - r["eta"], r["greedy_eta_vq"] - r["greedy_eta"]]
-    if all(gain < 0 for gain in coding):
+    coding = [r["eta_vq"] / r["eta"] - 1, r["greedy_eta_vq"] / r["greedy_eta"] - 1]
+    if all(gain < -EVEN for gain in coding):
         codec = "on a link inside one machine coding costs more than sending"
-    elif all(gain > 0 for gain in coding):
+    elif all(gain > EVEN for gain in coding):
         codec = "coding gained even on a link inside one machine"
     else:
         codec = "on a link inside one machine coding costs about as much as sending"
