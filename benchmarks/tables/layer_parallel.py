@@ -69,7 +69,8 @@ def digits_words(results: Results) -> str:
     worth = [found["augmented-lagrangian", k, "0"] - found["penalty", k, "0"] for k in ("2", "4")]
     costs = all(found[m, "4", "0"] < found[m, "2", "0"] for m in ("penalty", "augmented-lagrangian"))
     return paragraph(
-        f"One serial epoch in five brings every one of them within {at_most(serial, 0.1)} points of back-propagation. Without, "
+        f"One serial epoch in five brings every one of them within {at_most(serial, 0.1)} points of "
+        "back-propagation. Without, "
         f"multipliers are worth {between(worth)} points"
         + (", and every cut costs: a sample's loss reaches group 1 only after K visits." if costs else "."),
     )
