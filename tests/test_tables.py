@@ -17,7 +17,7 @@ import pytest
 from benchmarks.tables import chart, markdown, pipeline, wire
 from benchmarks.tables.__main__ import main, pages
 from benchmarks.tables.marks import MarkError, blocks, filled
-from benchmarks.tables.registry import TABLES
+from benchmarks.tables.registry import TABLES, make
 from benchmarks.tables.results import Results
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +159,18 @@ def test_a_result_file_without_what_a_table_needs_is_named(
     assert main(["--check"], tree) == 1
     said = capsys.readouterr().err
     assert said.startswith("digits: digits.json does not hold what the table needs (KeyError: 'over_seeds')")
+
+
+def test_a_record_makes_several_tables_and_needs_no_folder(tmp_path: Path) -> None:
+    def record(folder: Path) -> dict[str, str]:
+        return {
+            "kernels": str(folder.relative_to(tmp_path)),
+            "times": "" if folder.exists() else "not yet measured",
+        }
+
+    made = make(tmp_path, {}, {}, {"gpu": record})
+    assert made.tables["gpu-kernels"] == "gpu" and made.tables["gpu-times"] == "not yet measured"
+    assert made.sources["gpu-kernels"] == ["gpu/"]
 
 
 def test_a_trial_is_no_measurement(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,9 @@ TABLES: dict[str, Maker] = {
     **asynchrony.TABLES,
 }
 PLOTS: Mapping[str, Maker] = plots.PLOTS
+# Records that make several tables at once: a function of their folder under benchmarks/results, by its name, that gives
+# {name: Markdown}. On the pages they are FOLDER-NAME.
+RECORDS: dict[str, Callable[[Path], Mapping[str, str]]] = {}
 # The one table that says what all others are made from.
 FILES = "files"
 
@@ -58,7 +61,12 @@ class Made:
     sources: dict[str, list[str]]
 
 
-def make(folder: Path, tables: Mapping[str, Maker] = TABLES, plots: Mapping[str, Maker] = PLOTS) -> Made:
+def make(
+    folder: Path,
+    tables: Mapping[str, Maker] = TABLES,
+    plots: Mapping[str, Maker] = PLOTS,
+    records: Mapping[str, Callable[[Path], Mapping[str, str]]] = RECORDS,
+) -> Made:
     """Everything, from the result files in ``folder``. Raises `MissingResult` or `NotMade`, with the table's name."""
     sources: dict[str, list[str]] = {}
 
@@ -68,7 +76,7 @@ def make(folder: Path, tables: Mapping[str, Maker] = TABLES, plots: Mapping[str,
             made = maker(results)
         except MissingResult as error:
             raise MissingResult(f"{name}: {error}") from error
-        except (LookupError, TypeError, ValueError, AssertionError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise NotMade(
                 f"{name}: {', '.join(results.used)} does not hold what the table needs "
                 f"({type(error).__name__}: {error}): make the file anew, or change the table"
@@ -78,6 +86,10 @@ def make(folder: Path, tables: Mapping[str, Maker] = TABLES, plots: Mapping[str,
 
     texts = {name: run(name, maker) for name, maker in tables.items()}
     drawn = {name: run(name, maker) for name, maker in plots.items()}
+    for record, several in records.items():
+        for name, made in several(folder / record).items():
+            texts[f"{record}-{name}"] = made
+            sources[f"{record}-{name}"] = [f"{record}/"]
     uses: dict[str, list[str]] = {}
     for name, used in sources.items():
         for file in used:
