@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes of one thread each use two cores better than one process of two on small tensors.
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint bench tables build gpu clean
+.PHONY: demo test lint bench build gpu clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -30,6 +30,7 @@ bench: $(VENV)/installed-rivals
 	$(BIN)/python -m benchmarks.pipeline --out benchmarks/results/pipeline.json
 
 # Tables and plots of README and docs, from benchmarks/results.
+.PHONY: tables
 tables:
 	$(PYTHON) -m benchmarks.tables
 

@@ -252,7 +252,7 @@ def vq_words(results: Results) -> str:
         f"{TRAINING_AIM:.0f}x of a training forward is {met} ({between(training)}x).",
         "Decoding, [vq_decode_cpu.json](../benchmarks/results/vq_decode_cpu.json): "
         f"{between(decode, '.2f')} times as fast as torch.compile's gather and bit arithmetic; updating "
-        f"{between(update, '.1f')} times.",
+        f"{between(update, '.1f')} times as fast.",
     )
 
 
