@@ -17,7 +17,7 @@ import pytest
 from benchmarks.tables import chart, markdown, pipeline, wire
 from benchmarks.tables.__main__ import main, pages
 from benchmarks.tables.marks import MarkError, blocks, filled
-from benchmarks.tables.registry import TABLES, make
+from benchmarks.tables.registry import TABLES, NotMade, make
 from benchmarks.tables.results import Results
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,12 @@ def test_a_record_makes_several_tables_and_needs_no_folder(tmp_path: Path) -> No
     made = make(tmp_path, {}, {}, {"gpu": record})
     assert made.tables["gpu-kernels"] == "gpu" and made.tables["gpu-times"] == "not yet measured"
     assert made.sources["gpu-kernels"] == ["gpu/"]
+
+    def refuses(folder: Path) -> dict[str, str]:
+        raise ValueError(f"{folder.name} holds a fake record")
+
+    with pytest.raises(NotMade, match="^gpu: gpu holds a fake record$"):
+        make(tmp_path, {}, {}, {"gpu": refuses})
 
 
 def test_a_trial_is_no_measurement(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

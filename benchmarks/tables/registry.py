@@ -87,7 +87,11 @@ def make(
     texts = {name: run(name, maker) for name, maker in tables.items()}
     drawn = {name: run(name, maker) for name, maker in plots.items()}
     for record, several in records.items():
-        for name, made in several(folder / record).items():
+        try:
+            found = several(folder / record)
+        except ValueError as error:
+            raise NotMade(f"{record}: {error}") from error
+        for name, made in found.items():
             texts[f"{record}-{name}"] = made
             sources[f"{record}-{name}"] = [f"{record}/"]
     uses: dict[str, list[str]] = {}
