@@ -29,6 +29,11 @@ bench: $(VENV)/installed-rivals
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-group-by=param:case
 	$(BIN)/python -m benchmarks.pipeline --out benchmarks/results/pipeline.json
 
+# Tables and plots of README and docs, from benchmarks/results.
+.PHONY: tables
+tables:
+	$(PYTHON) -m benchmarks.tables
+
 # Recompiles the native module in place after a change under csrc/.
 build: $(VENV)/installed
 	$(BIN)/pip install -q --no-deps -e .

@@ -22,6 +22,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.accuracy import CONV, POOLED, Run, execute
+from benchmarks.tables.critics import cells
 
 CHEAP = (
     "pooled_linear:pool=1",
@@ -155,20 +156,6 @@ def _cosines(found: list[dict[str, Any]]) -> list[float] | None:
     """Of each group's gradient to the true one, late in training: mean over the runs that were diagnosed."""
     known = [r["diagnosis"]["gradient_cosine"] for r in found if r.get("diagnosis")]
     return [mean(values) for values in zip(*known, strict=True)] if known else None
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table as text: method, critic, what it learns from, its dearest cut in % of the group, exits."""
-    if row["method"] == "backprop":
-        return ["backprop", "", "", "", "", "", "", f"{row['exit_accuracy'][-1]:.2f}"]
-    learns = ""
-    if row["method"] == "local-critic":
-        learns = f"{row['loss']}, Adam {row['rate']}" + (", target last" if row["target"] == "last" else "")
-    exits = []
-    for mean_, sd in zip(row["exit_accuracy"], row["exit_accuracy_sd"], strict=True):
-        exits.append(f"{mean_:.2f}" + ("" if sd is None else f" ± {sd:.2f}"))
-    tax = f"{100 * max(row['critic_mac_share']):.2f}"
-    return [row["method"] + (", serial 0.1" if row["serial"] else ""), row["critic"], learns, tax, *exits]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -19,7 +19,12 @@ from torch import nn
 import lct_fast as lct
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
 
 _FENCE = re.compile(r"^```python(?: torchrun=(\d+))?\n(.*?)^```$", re.M | re.S)
 

@@ -1,4 +1,4 @@
-"""The study of cheap critics: its contenders, its file, and the tables in docs/critics.md made from that."""
+"""The study of cheap critics: its contenders, its file, and what docs/critics.md says of that."""
 
 from __future__ import annotations
 
@@ -99,28 +99,6 @@ def test_an_unknown_contender_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 def _file() -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((ROOT / "benchmarks/results/critics.json").read_text())
     return loaded
-
-
-def _docs_table(after: str) -> list[list[str]]:
-    """Cells of the first table in docs/critics.md behind ``after``."""
-    page = (ROOT / "docs/critics.md").read_text()
-    lines = page[page.index(after) :].split("\n|---", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-
-
-def test_the_tables_in_the_docs_are_those_of_the_file() -> None:
-    file = _file()
-    assert {"screen", "seeds"} <= file.keys()
-    for part in file.keys() & critics.PARTS.keys():
-        rows = file[part]["rows"]
-        found = _docs_table(f"`python -m benchmarks.critics {part}`")
-        assert found == [critics.cells(row) for row in rows], part
-    # The last group's own gradient is the true one.
-    cosines = [
-        [*critics.cells(row)[:3], *(f"{c:.2f}" for c in row["gradient_cosine"][:-1])]
-        for row in file["seeds"]["rows"]
-    ]
-    assert _docs_table("The cosine of each group's gradient") == cosines
 
 
 def test_what_the_docs_say_of_the_losses_holds_for_every_seed() -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of serial steps: its runs, its file, and the table in docs/hybrid.md made from that."""
+"""The benchmark of serial steps: its runs and its file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import pytest
 from benchmarks import hybrid
 from lct_fast.cli.config import resolve
 from lct_fast.engine import Hybrid
-
-ROOT = Path(__file__).parents[1]
 
 
 def _result(run: hybrid.Run, accuracy: float) -> dict[str, Any]:
@@ -72,26 +70,3 @@ def test_every_share_has_several_blocks(part: str) -> None:
         assert float(option("--serial")) == run.share
         if run.share:
             assert 22 * epochs // schedule.period >= 3
-
-
-def test_the_tables_in_the_docs_are_those_of_the_file() -> None:
-    stored = json.loads((ROOT / "benchmarks/results/hybrid.json").read_text())
-    table = stored["table"]["accuracy"]
-    lines = (ROOT / "docs/hybrid.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    found = [row for row in rows if row[0] in hybrid.METHODS]
-    expected = [
-        [method, share, str(row["seeds"]), *(f"{100 * a:.2f}" for a in row["exit_test_accuracy"])]
-        + [f"{row['wire_bytes_per_sample']:.0f}"]
-        for method in hybrid.METHODS
-        for share, row in table[method].items()
-    ]
-    times = [
-        [r["method"], f"{r['share']:g}", f"{r['seconds']:.1f}", str(s["steps"]), f"{s['seconds']:.1f}"]
-        + ([f"{1e3 * s['seconds'] / s['steps']:.1f}"] if s["steps"] else [""])
-        + [f"{r['wire_bytes_per_sample']:.0f}"]
-        for r in stored["runs"]
-        if r["name"].startswith("times")
-        for s in [r["serial"] or {"steps": 0, "seconds": 0.0}]
-    ]
-    assert len(times) == 8 and found == expected + times

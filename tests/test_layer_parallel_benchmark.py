@@ -1,9 +1,8 @@
-"""The benchmark of layer-parallel training: what states converge to, its runs, and the tables made from its file."""
+"""The benchmark of layer-parallel training: what states converge to, and its runs."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,6 @@ import pytest
 
 from benchmarks import layer_parallel
 from lct_fast.cli.config import resolve
-
-ROOT = Path(__file__).parents[1]
-STORED = json.loads((ROOT / "benchmarks/results/layer_parallel.json").read_text())
 
 
 @pytest.mark.slow
@@ -62,41 +58,3 @@ def test_a_run_that_is_in_the_file_is_not_repeated(tmp_path: Path, monkeypatch: 
     assert len(made) == 2 * first == len(set(made))
     row = json.loads(out.read_text())["table"]["digits-penalty-K2-q0"]
     assert row["of_seeds"] == pytest.approx([0.901, 0.901 + first / 1000])
-
-
-def rows(heading: str) -> list[list[str]]:
-    """The cells of the table that follows ``heading`` in the docs, without its head."""
-    text = (ROOT / "docs" / "layer_parallel.md").read_text().partition(heading)[2]
-    table = re.search(r"(\|.*\n)+", text)
-    assert table is not None
-    return [[c.strip() for c in line.strip("|").split("|")] for line in table[0].splitlines()[2:]]
-
-
-def test_the_table_of_digits_is_the_file() -> None:
-    found = rows("Digits (")
-    assert len(found) == len([name for name in STORED["table"] if name.startswith("digits")])
-    for name, share, accuracy, seeds, gain in found:
-        method, _, k = name.replace("`", "").partition(", K = ")
-        key = f"digits-{method.replace(' --', '-')}" + (f"-K{k}-q{share}" if k else "")
-        row = STORED["table"][key]
-        assert accuracy == f"{100 * row['test_accuracy']:.1f}", name
-        assert seeds == ", ".join(f"{100 * a:.1f}" for a in row["of_seeds"]), name
-        # Shares of time of a process that other programs disturb, so to one digit.
-        assert gain == ("" if row["overall_gain"] is None else f"{row['overall_gain']:.1f}"), name
-
-
-def test_the_table_of_states_is_the_file() -> None:
-    states = STORED["states"]
-    for beta, penalty, jump, error in rows("The states of a small net"):
-        one, other = states["penalty"][beta], states["augmented_lagrangian"][beta]
-        assert [float(v) for v in penalty.split(", ")] == [pytest.approx(r["jump"], rel=2e-3) for r in one]
-        assert [float(v) for v in jump.split(", ")] == [pytest.approx(r["jump"], rel=0.05) for r in other]
-        errors = [pytest.approx(r["kappa_error"], rel=0.05) for r in other]
-        assert [float(v) for v in error.split(", ")] == errors
-
-
-def test_the_figures_of_cifar10_are_the_file() -> None:
-    text = (ROOT / "docs" / "layer_parallel.md").read_text()
-    for method in ("penalty", "augmented-lagrangian", "backprop"):
-        accuracy = STORED["table"][f"cifar10-{method}"]["test_accuracy"]
-        assert f"`{method}` {100 * accuracy:.1f}" in text

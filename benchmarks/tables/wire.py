@@ -1,0 +1,221 @@
+"""Codecs: accuracy against bytes, and time on two links."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.tables.markdown import at_most, listed, paragraph, table, word
+from benchmarks.tables.results import Results
+
+Row = dict[str, Any]
+POINTS, CODED = "points_from_none", "points_from_none_coded_evaluation"
+METHODS = ("greedy", "local-critic")
+
+
+def _points(value: Row) -> str:
+    half = value["half_width"]
+    return f"{value['mean']:+.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+
+def coded(results: Results, file: str) -> list[Row]:
+    """The rows with a codec."""
+    return [row for row in results(file)["rows"] if row["codec"] != "none"]
+
+
+def _table(results: Results, file: str) -> str:
+    rows = [
+        [
+            row["method"],
+            f"`{row['codec']}`",
+            f"{row['times_fewer_bytes']:.1f}",
+            _points(row[POINTS]),
+            _points(row[CODED]),
+        ]
+        for row in coded(results, file)
+    ]
+    return table(["method", "codec", "times fewer bytes", "points", "points, coded at evaluation"], rows)
+
+
+def digits(results: Results) -> str:
+    """Five folds."""
+    return _table(results, "wire_digits")
+
+
+def cifar10(results: Results) -> str:
+    """Seeds in pairs."""
+    return _table(results, "wire_cifar10")
+
+
+def _without(results: Results, file: str) -> dict[str, Row]:
+    return {row["method"]: row for row in results(file)["rows"] if row["codec"] == "none"}
+
+
+def digits_intro(results: Results) -> str:
+    """What the table of digits is."""
+    plain = _without(results, "wire_digits")
+    accuracies = ", ".join(f"{method} {plain[method]['accuracy']:.2f} %" for method in METHODS)
+    return paragraph(
+        "Fewer bytes on the wire, and what they cost. Digits, all 1,797 as "
+        f"{word(plain['greedy']['runs'])} folds, 4 groups, the command line's defaults: points of the last exit's "
+        f"accuracy from the same fold without a codec ({accuracies}), mean and 95 % interval over the folds. "
+        "Bytes count "
+        "codebooks. [benchmarks/results/wire_digits.json](benchmarks/results/wire_digits.json)",
+    )
+
+
+def cifar10_intro(results: Results) -> str:
+    """What the table of CIFAR-10 is, and over how many seeds."""
+    plain = _without(results, "wire_cifar10")
+    seeds = ", ".join(
+        f"{method} {plain[method]['accuracy']:.2f} % ({word(plain[method]['runs'])} "
+        f"seed{'s' if plain[method]['runs'] > 1 else ''})"
+        for method in METHODS
+        if method in plain
+    )
+    single = any(row[POINTS]["half_width"] is None for row in coded(results, "wire_cifar10"))
+    return paragraph(
+        "The same on CIFAR-10: 12,500 training images, 8 epochs, the network of the table below with critics on 4x4 "
+        "pooling, `local-critic` with the default loss for images.",
+        f"Without a codec, mean: {seeds}.",
+        "Where an interval stands it is over a row's seeds, in pairs; the other rows are one seed."
+        if single
+        else "The intervals are over a row's seeds, in pairs.",
+        "A codec may be named for each cut. "
+        "[benchmarks/results/wire_cifar10.json](benchmarks/results/wire_cifar10.json)",
+    )
+
+
+def _pair(row: Row) -> str:
+    """Points, and in parentheses when codes are used at evaluation too."""
+    return f"{row[POINTS]['mean']:+.1f} ({row[CODED]['mean']:+.1f})"
+
+
+def ends(results: Results, method: str) -> str:
+    """One sentence: the codec that costs a method least on CIFAR-10, and the one that costs it most."""
+    rows = [row for row in coded(results, "wire_cifar10") if row["method"] == method]
+    rows.sort(key=lambda row: -float(row[POINTS]["mean"]))
+    best, worst = rows[0], rows[-1]
+    said = (
+        f"`{method}` does best with `{best['codec']}`, {_pair(best)} at {best['times_fewer_bytes']:.1f} times "
+        "fewer bytes, "
+        f"about {32 / best['times_fewer_bytes']:.1f} bits a value"
+    )
+    if worst is best:
+        return f"{said}."
+    return f"{said}; worst with `{worst['codec']}`, {_pair(worst)} at {worst['times_fewer_bytes']:.1f} times."
+
+
+def one_bit(results: Results) -> str:
+    """What `vq:256,8` does to greedy on CIFAR-10, if that was run."""
+    rows = {row["codec"]: row for row in coded(results, "wire_cifar10") if row["method"] == "greedy"}
+    row = rows.get("vq:256,8")
+    return (
+        f"One bit a value (`vq:256,8`) with greedy: {_pair(row)} at {row['times_fewer_bytes']:.1f} times."
+        if row
+        else ""
+    )
+
+
+def _certain(rows: list[Row]) -> list[Row]:
+    """Those whose 95 % interval lies below 0."""
+    return [
+        r
+        for r in rows
+        if r[POINTS]["half_width"] is not None and r[POINTS]["mean"] + r[POINTS]["half_width"] < 0
+    ]
+
+
+def _names(rows: list[Row]) -> str:
+    return listed([f"`{row['codec']}` with {row['method']}" for row in rows])
+
+
+def words(results: Results) -> str:
+    """What both tables say."""
+    small, large = coded(results, "wire_digits"), coded(results, "wire_cifar10")
+    coarse = [row for row in small if row["codec"] == "vq:256,8"]
+    most = at_most(max(row[POINTS]["half_width"] - row[POINTS]["mean"] for row in coarse), 0.1)
+    fewer = min(row["times_fewer_bytes"] for row in coarse)
+    folds = word(coarse[0]["runs"])
+    shown = _certain(coarse)
+    digits = (
+        f"On digits `vq:256,8` costs nothing that {folds} folds can show (at most {most} points, with 95 %)"
+        if not shown
+        else f"On digits `vq:256,8` costs accuracy that {folds} folds show (at most {most} points, with 95 %)"
+    )
+    certain = _certain(large)
+    open_ = [r for r in large if r[POINTS]["half_width"] is not None and r not in certain]
+    bytes_ = max(row["bytes_over_theory"] for row in small + large)
+    return paragraph(
+        f"{digits} at {fewer:.0f} times fewer bytes.",
+        "On CIFAR-10, at this length, in points on average, coded at evaluation in parentheses:",
+        *(ends(results, method) for method in METHODS if any(r["method"] == method for r in large)),
+        one_bit(results),
+        f"Below 0 with 95 %: {_names(certain)}." if certain else "",
+        f"So few seeds do not tell from 0: {_names(open_)}." if open_ else "",
+        f"Bytes are within {at_most(100 * bytes_)} % of log2 K / D bits a value; the rest is codebooks.",
+    )
+
+
+def codecs_words(results: Results) -> str:
+    """The same, shorter, for the page of codecs."""
+    certain = {row["codec"] for row in _certain(coded(results, "wire_digits"))}
+    folds = word(_without(results, "wire_digits")["greedy"]["runs"])
+    names = listed([f"`{codec}`" for codec in sorted(certain)]) if certain else ""
+    on_digits = (
+        f"on digits no codec but {names} costs anything that {folds} folds can show"
+        if certain
+        else f"on digits no codec costs anything that {folds} folds can show"
+    )
+    # More than a point lost.
+    heavy = [row for row in coded(results, "wire_cifar10") if row[POINTS]["mean"] < -1]
+    helped = heavy and all(row[CODED]["mean"] > row[POINTS]["mean"] for row in heavy)
+    return paragraph(
+        "Accuracy and bytes on digits and CIFAR-10, `benchmarks/wire.py`: the tables are in the "
+        f"[README](../README.md#measured). In short: {on_digits}. On CIFAR-10, at a short schedule, in points "
+        "on average, coded at "
+        "evaluation in parentheses:",
+        ends(results, "greedy"),
+        one_bit(results),
+        "A codec is part of what the next group learns from"
+        + (": evaluated with the codec on, a coarse one loses less." if helped else "."),
+    )
+
+
+def links(results: Results) -> str:
+    """Milliseconds a step over loopback and over a slow link."""
+    loopback, slow = (results(f"link_{name}")["codecs"] for name in ("loopback", "100mbit"))
+    rows = [
+        [f"`{codec}`", f"{row['bytes_a_step'] / 1e6:.3f}"]
+        + [f"{1e3 * found[codec]['seconds_median']:.1f}" for found in (loopback, slow)]
+        for codec, row in slow.items()
+        if codec != "auto"
+    ]
+    return table(["codec", "MB a step", "loopback", "100 Mb/s"], rows)
+
+
+def links_words(results: Results) -> str:
+    """What was measured, and what `auto` chose."""
+    loopback, slow = (results(f"link_{name}")["codecs"]["auto"]["chosen"] for name in ("loopback", "100mbit"))
+    return paragraph(
+        "On two processes of one machine (`python -m benchmarks.link`; the network of `benchmarks.pipeline`, greedy, "
+        f"batch 64), ms a step. Over loopback `auto` chose `{loopback}`; with the link held at 100 Mb/s `{slow}`"
+        + (
+            ", the most exact one that the link can carry as fast as the groups compute."
+            if loopback != slow
+            else ", the same."
+        ),
+        "[link_loopback.json](../benchmarks/results/link_loopback.json), "
+        "[link_100mbit.json](../benchmarks/results/link_100mbit.json)",
+    )
+
+
+TABLES = {
+    "wire-digits-intro": digits_intro,
+    "wire-digits": digits,
+    "wire-cifar10-intro": cifar10_intro,
+    "wire-cifar10": cifar10,
+    "wire-words": words,
+    "codecs-words": codecs_words,
+    "links-words": links_words,
+    "links": links,
+}
