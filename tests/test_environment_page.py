@@ -93,9 +93,3 @@ def test_other_pages_name_no_other_variable() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for name in re.findall(r"`([A-Z]+_[A-Z0-9_]+)(?:=[^`]*)?`", page.read_text()):
             assert name in known, f"{page.name}: {name}"
-
-
-def test_the_readme_agrees() -> None:
-    table = (ROOT / "README.md").read_text().split("## Environment variables\n")[1]
-    shown = set(re.findall(r"^\| `([A-Z_]+)`", table, re.M))
-    assert shown <= _section("Of this project")

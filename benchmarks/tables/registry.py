@@ -43,9 +43,18 @@ TABLES: dict[str, Maker] = {
     **asynchrony.TABLES,
 }
 PLOTS: Mapping[str, Maker] = plots.PLOTS
+
+
+def _gpu(folder: Path) -> Mapping[str, str]:
+    # Needs torch, which the other tables do not.
+    from benchmarks import gpu_table
+
+    return gpu_table.tables(folder)
+
+
 # Records that make several tables at once: a function of their folder under benchmarks/results, by its name, that gives
 # {name: Markdown}. On the pages they are FOLDER-NAME.
-RECORDS: dict[str, Callable[[Path], Mapping[str, str]]] = {}
+RECORDS: dict[str, Callable[[Path], Mapping[str, str]]] = {"gpu": _gpu}
 # The one table that says what all others are made from.
 FILES = "files"
 
