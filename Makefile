@@ -46,7 +46,7 @@ gpu:
 wheel: $(VENV)/installed-test
 	$(BIN)/python .ci/wheels.py build
 
-# Each into fresh environments with the oldest and the newest torch; the package's tests from an empty folder.
+# Each into fresh environments with two versions of torch; the package's tests from an empty folder.
 wheel-test: wheel
 	$(BIN)/python .ci/wheels.py test dist/*/*.whl
 

@@ -1,7 +1,7 @@
 """Builds wheels, and runs the tests of the package as installed from one.
 
     python .ci/wheels.py build [--out dist]
-    python .ci/wheels.py test WHEEL... [--torch 2.11.0 --torch 2.13.0]
+    python .ci/wheels.py test WHEEL... [--torch 2.12.1 --torch 2.13.0]
 
 `build` makes OUT/cpu and, where nvcc is on the PATH, OUT/cuda, each with one wheel for this Python. The module in it
 includes no torch header, so one wheel serves every supported torch. The CUDA wheel's version ends in +cuNNN.
@@ -25,13 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Tests of what is installed. Those that read sources, pages or result files, or compile, are for a checkout.
 PACKAGE = ("bench", "cli", "codecs", "critics", "data", "engine", "kernels", "methods", "models", "ops")
 PACKAGE += ("planner", "reference", "report")
-CHECKOUT = (
-    # Benchmarks, exercises under a sanitizer, pages.
-    "test_command.py",
-    "test_fuzz.py",
-    "_memory.py",
-    "aot",
-)
+# Fault drills, memory readings of whole programs, ahead-of-time compilation.
+CHECKOUT = ("test_command.py", "test_fuzz.py", "test_faults.py", "_memory.py", "aot")
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> None:
@@ -94,7 +89,7 @@ def test(wheel: Path, torch: str, folder: Path) -> None:
     )
     work = folder / "empty"
     work.mkdir()
-    shutil.copytree(ROOT / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__", "cuda"))
+    shutil.copytree(ROOT / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     lines = [f"{key} = {_ini(value)}" for key, value in settings.items() if key != "testpaths"]
     (work / "pytest.ini").write_text("\n".join(["[pytest]", *lines]) + "\n")
@@ -121,7 +116,7 @@ def main() -> int:
     one.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheels (dist)")
     two = verbs.add_parser("test", help="test the package that a wheel installs")
     two.add_argument("wheels", nargs="+", type=Path, metavar="WHEEL")
-    two.add_argument("--torch", action="append", help="a torch version; again for more (2.11.0 and 2.13.0)")
+    two.add_argument("--torch", action="append", help="a torch version; again for more (2.12.1 and 2.13.0)")
     two.add_argument("--keep", type=Path, help="folder for the environments, which then stay")
     args = parser.parse_args()
     if args.verb == "build":
@@ -130,7 +125,7 @@ def main() -> int:
     for wheel in args.wheels:
         if not wheel.is_file():
             parser.error(f"{wheel}: expected a wheel file; `build` makes them")
-        for torch in args.torch or ("2.11.0", "2.13.0"):
+        for torch in args.torch or ("2.12.1", "2.13.0"):
             if args.keep:
                 folder = args.keep.resolve() / f"{wheel.stem}-torch{torch}"
                 folder.mkdir(parents=True)
