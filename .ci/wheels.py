@@ -71,7 +71,7 @@ def build(out: Path) -> None:
         print(f"{wheel}  {wheel.stat().st_size / 2**20:.1f} MiB")
 
 
-def test(wheel: Path, torch: str, folder: Path) -> None:
+def test(wheel: Path, torch: str, part: str, folder: Path) -> None:
     """The package of ``wheel`` beside ``torch``, in a fresh environment and an empty folder."""
     venv.create(folder / "env", with_pip=True)
     python = folder / "env/bin/python"
@@ -89,7 +89,9 @@ def test(wheel: Path, torch: str, folder: Path) -> None:
     )
     work = folder / "empty"
     work.mkdir()
-    shutil.copytree(ROOT / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    # Some tests run the benchmarks' programs.
+    for name in ("tests", "benchmarks"):
+        shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     lines = [f"{key} = {_ini(value)}" for key, value in settings.items() if key != "testpaths"]
     (work / "pytest.ini").write_text("\n".join(["[pytest]", *lines]) + "\n")
@@ -97,7 +99,19 @@ def test(wheel: Path, torch: str, folder: Path) -> None:
     run(folder / "env/bin/lct-fast", "info", cwd=work)
     chosen = [f"tests/{name}" for name in PACKAGE if (work / "tests" / name).exists()]
     out = [f"--ignore-glob=*{name}*" for name in CHECKOUT]
-    run(python, "-m", "pytest", "-q", "-m", "not slow", *out, *chosen, cwd=work, OMP_NUM_THREADS="1")
+    run(
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow",
+        f"--shard={part}",
+        *out,
+        *chosen,
+        cwd=work,
+        OMP_NUM_THREADS="1",
+    )
     train = ("train", "--data", "digits", "--groups", "4", "--epochs", "2", "--out", "run")
     run(folder / "env/bin/lct-fast", *train, cwd=work)
     run(folder / "env/bin/lct-fast", "eval", "run", cwd=work)
@@ -117,6 +131,7 @@ def main() -> int:
     two = verbs.add_parser("test", help="test the package that a wheel installs")
     two.add_argument("wheels", nargs="+", type=Path, metavar="WHEEL")
     two.add_argument("--torch", action="append", help="a torch version; again for more (2.12.1 and 2.13.0)")
+    two.add_argument("--part", default="0/1", metavar="I/N", help="every N-th test, from the I-th (all)")
     two.add_argument("--keep", type=Path, help="folder for the environments, which then stay")
     args = parser.parse_args()
     if args.verb == "build":
@@ -129,10 +144,10 @@ def main() -> int:
             if args.keep:
                 folder = args.keep.resolve() / f"{wheel.stem}-torch{torch}"
                 folder.mkdir(parents=True)
-                test(wheel.resolve(), torch, folder)
+                test(wheel.resolve(), torch, args.part, folder)
             else:
                 with tempfile.TemporaryDirectory() as made:
-                    test(wheel.resolve(), torch, Path(made))
+                    test(wheel.resolve(), torch, args.part, Path(made))
             print(f"passed: {wheel.name} with torch {torch}", flush=True)
     return 0
 
