@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 import venv
 from pathlib import Path
 
@@ -92,9 +91,8 @@ def test(wheel: Path, torch: str, part: str, folder: Path) -> None:
     # Some tests run the benchmarks' programs.
     for name in ("tests", "benchmarks"):
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    lines = [f"{key} = {_ini(value)}" for key, value in settings.items() if key != "testpaths"]
-    (work / "pytest.ini").write_text("\n".join(["[pytest]", *lines]) + "\n")
+    # pytest's settings.
+    shutil.copy(ROOT / "pyproject.toml", work)
     run(python, "-c", "import lct_fast, torch; print(lct_fast.__file__, torch.__version__)", cwd=work)
     run(folder / "env/bin/lct-fast", "info", cwd=work)
     chosen = [f"tests/{name}" for name in PACKAGE if (work / "tests" / name).exists()]
@@ -115,10 +113,6 @@ def test(wheel: Path, torch: str, part: str, folder: Path) -> None:
     train = ("train", "--data", "digits", "--groups", "4", "--epochs", "2", "--out", "run")
     run(folder / "env/bin/lct-fast", *train, cwd=work)
     run(folder / "env/bin/lct-fast", "eval", "run", cwd=work)
-
-
-def _ini(value: object) -> str:
-    return "\n    ".join(["", *map(str, value)]) if isinstance(value, list) else str(value)
 
 
 def main() -> int:

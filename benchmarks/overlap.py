@@ -193,7 +193,7 @@ def trace(task: Task, step: Callable[[], None], path: Path) -> float | None:
     """Writes what the device does in a few steps; the share of the time in which it does nothing, None on the host."""
     _finish(task)
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if task.on_cuda else [])]
-    with profile(activities=kinds) as profiler:
+    with profile(activities=kinds, acc_events=True) as profiler:
         for _ in range(task.steps):
             step()
         _finish(task)

@@ -111,7 +111,7 @@ def peak_bytes(contender: Contender, device: str) -> int:
         before = torch.cuda.memory_allocated()
         contender.run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         kept = contender.run()
     results: Any = profile.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]

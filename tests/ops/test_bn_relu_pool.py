@@ -303,7 +303,7 @@ def test_no_gradient_of_the_map_is_made_for_the_critic() -> None:
     case: Case = make(8, 64, 32, 32, 2)
     x = case.x.clone().requires_grad_()
     out = ops.bn_relu_pool(x, case.gamma, case.beta, pool=2)
-    with ops.use_backend("cpu"), torch.profiler.profile(profile_memory=True) as profile:
+    with ops.use_backend("cpu"), torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         torch.autograd.grad(out.pooled, x, case.dpooled)
     allocated = sum(
         event.nbytes()

@@ -269,7 +269,7 @@ def test_no_gradient_of_h_is_made_for_the_critic() -> None:
     x = case.x.clone().requires_grad_()
     out = ops.group_linear(x, case.weight, case.bias, "relu", case.critic_weight, case.critic_bias)
     assert out.logits is not None
-    with ops.use_backend("cpu"), torch.profiler.profile(profile_memory=True) as profile:
+    with ops.use_backend("cpu"), torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         torch.autograd.grad(out.logits, x, case.dlogits)
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     allocated = sum(event.nbytes() for event in events if event.nbytes() > 0)
