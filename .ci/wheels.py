@@ -84,7 +84,6 @@ def test(wheel: Path, torch: str, part: str, folder: Path) -> None:
         wheel,
         "pytest",
         "pytest-timeout",
-        "hypothesis",
     )
     work = folder / "empty"
     work.mkdir()
