@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import pipeline_runtime
 from benchmarks.pipeline_gather import WORKERS, gathered
+from benchmarks.pipeline_local import METHODS
 from benchmarks.pipeline_model import POOLED, Task, in_format
 from benchmarks.pipeline_rivals import Contender, Setting
 from lct_fast.planner import decoupled, orders
@@ -26,13 +28,15 @@ COSTS = "costs"
 # Kinds of contenders that the planner knows.
 PREDICTED = ("GPipe", "1F1B", DDP, "decoupled")
 _SMALL, _LARGE, _TRIPS = 8, 1 << 21, 20
+# Bytes a second of what takes no time.
+_AT_ONCE = 1e18
 Row = dict[str, Any]
 
 
 def needed(settings: Iterable[Setting]) -> list[Setting]:
     """The costs that the predictions of these contenders need."""
     found = {
-        Setting(COSTS, s.format, _parts(s), "", s.critic or POOLED, s.codec)
+        Setting(COSTS, s.format, _parts(s), s.method, s.critic or POOLED, s.codec)
         for s in settings
         if s.kind in PREDICTED
     }
@@ -53,7 +57,8 @@ class Costs(Contender):
         for group in groups:
             in_format(group, setting.format)
         rows = task.batch // setting.microbatches
-        self.timer = GroupTimer(groups, rank, rows, setting.codec or "none")
+        method = METHODS[setting.method]() if setting.method else None
+        self.timer = GroupTimer(groups, rank, rows, setting.codec or "none", method)
         self.found: list[dict[str, Any]] = []
 
     def step(self) -> None:
@@ -76,7 +81,7 @@ class Costs(Contender):
 
 
 def visits(contenders: Iterable[Costs]) -> dict[str, Any]:
-    """What both groups cost, {"format critic codec": {microbatches: a list over visits of [group 1, group 2]}}."""
+    """What both groups cost, {"format method critic codec": {microbatches: [[group 1, group 2] of each visit]}}."""
     found: dict[str, Any] = {}
     for costs in contenders:
         parts = gathered(costs.found)
@@ -87,11 +92,25 @@ def visits(contenders: Iterable[Costs]) -> dict[str, Any]:
 
 
 def _key(setting: Setting) -> str:
-    return " ".join((setting.format, setting.critic or POOLED, setting.codec)).strip()
+    parts = (setting.format, setting.method, setting.critic or POOLED, setting.codec)
+    return " ".join(part for part in parts if part)
 
 
-def link(rank: int) -> dict[str, float]:
-    """``Link``'s attributes, of messages that nothing else disturbs."""
+def links(task: Task, rank: int) -> dict[str, dict[str, float]]:
+    """Attributes of ``Link``: for the engine, for torch's pipelines, and for DDP, where the workers' own part is all
+    that a step without computation takes."""
+    bare = _bare(rank)
+    few, many = (pipeline_runtime.pipeline_message(task, m, bare["latency"], rank) for m in (4, 16))
+    sizes = [pipeline_runtime.crossing(task, m).numel() * 4 for m in (4, 16)]
+    each = max(few - many, 0.0) / (sizes[0] - sizes[1])
+    pipeline = {"worker_s": max(many - each * sizes[1], 0.0), "worker_s_per_byte": each}
+    # Of two workers each sends two messages, and receives two.
+    ddp = {"bandwidth": _AT_ONCE, "worker_s": pipeline_runtime.ddp_step(task, rank) / (2 * 2 * (WORKERS - 1))}
+    return {"engine": bare, "pipeline": bare | pipeline, DDP: ddp}
+
+
+def _bare(rank: int) -> dict[str, float]:
+    """Of messages that nothing else disturbs."""
     (small, small_own), (large, large_own) = (_one_way(size, rank) for size in (_SMALL, _LARGE))
     return {
         "latency": small,
@@ -137,7 +156,7 @@ def predicted(setting: Setting, visit: list[dict[str, Any]], link: Link) -> floa
 def with_predictions(rows: list[Row], costs: dict[str, Any]) -> list[Row]:
     """The rows, those of the full run with ``predicted_us``, the median over the visits of their costs, and
     ``prediction_error``, a fraction of the measured median."""
-    link = Link(**costs["link"])
+    links = {name: Link(**found) for name, found in costs["links"].items()}
     out = []
     for row in rows:
         more = {}
@@ -146,6 +165,7 @@ def with_predictions(rows: list[Row], costs: dict[str, Any]) -> list[Row]:
                 *(row[f] for f in ("kind", "format", "microbatches", "method", "critic", "codec"))
             )
             found = costs[_key(setting)][str(_parts(setting))]
+            link = links["engine" if setting.method else DDP if setting.kind == DDP else "pipeline"]
             us = median(predicted(setting, visit, link) for visit in found)
             more = {"predicted_us": us, "prediction_error": us / row["us_p50"] - 1}
         out.append(row | more)

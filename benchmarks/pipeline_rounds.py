@@ -169,7 +169,7 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
         for critic in tqdm((POOLED, CONV), desc="balance"):
             setting = Setting("no link", "channels_last", 1, "local-critic", critic)
             found["balance"][critic] = pipeline_balance.measure(task, setting, plan.samples)._asdict()
-    link = pipeline_plan.link(rank)
+    links = pipeline_plan.links(task, rank)
     judge = Judge(task)
     contenders = []
     for setting in tqdm(settings(plan.microbatches), disable=rank > 0, desc="set-up and checks"):
@@ -196,7 +196,7 @@ def work(rank: int, task: Task, plan: Plan, folder: str) -> None:
     costs = [Costs(task, setting, rank) for setting in needed]
     rows += rounds([*chosen, *zip(needed, costs, strict=True)], plan, rank, since)
     found["rows"] = [row for row in rows if row["setting"]["kind"] != COSTS]
-    found["costs"] = {"link": link, **pipeline_plan.visits(costs)}
+    found["costs"] = {"links": links, **pipeline_plan.visits(costs)}
     found["meter"] = metered(contenders, Path(folder))
     found["seconds"] = time.monotonic() - since
     for _, contender in contenders:

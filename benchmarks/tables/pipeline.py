@@ -134,10 +134,6 @@ def planner_words(results: Results) -> str:
     return paragraph(
         "Steps of groups that learn on their own are predicted within "
         f"{at_most(max(map(abs, ours)))} %. Pipeline schedules and DDP are {off}.",
-        "The planner sees neither the work of torch's pipeline runtime for every microbatch nor that of DDP, whose "
-        "gradients the same two cores add up: it flatters them."
-        if max(rivals) < 0 and min(rivals) < -AIM
-        else "",
         f"An error of {AIM:.0f} % at most is met by all {rows} rows."
         if not by
         else f"An error of {AIM:.0f} % at most is met by {rows - sum(missed.values())} of {rows} rows, and "

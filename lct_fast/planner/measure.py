@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import mean, median, pvariance
 from typing import Any
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 
 from lct_fast import codecs
 from lct_fast.engine.group import Group
-from lct_fast.methods import Greedy, Objective
+from lct_fast.methods import Greedy, Method, Objective
+from lct_fast.methods.method import Slot
 from lct_fast.planner.costs import GroupCost
 
 _ROUNDS = 5
 _PASSES = ("forward", "backward", "whole backward")
 # Microbatches whose activations are kept at the same time: nothing is found in the caches that a step would not find.
 _IN_FLIGHT = 2
+_DELAY = 3
 
 
 def measure(groups: Sequence[Group], rows: int, codec: str = "none") -> list[GroupCost]:
@@ -62,10 +65,18 @@ class GroupTimer:
     """Times the work of ``groups[k]`` on ``rows`` samples round by round, so that others can take turns with it.
 
     Buffers of the group move; its gradients are dropped at the end of a round.
+
+    Args:
+        method: what the group learns from when it learns on its own; greedy where none is given. A critic that learns
+            from feedback does so ``_DELAY`` batches late, as in a pipelined run.
     """
 
-    def __init__(self, groups: Sequence[Group], k: int, rows: int, codec: str = "none") -> None:
+    def __init__(
+        self, groups: Sequence[Group], k: int, rows: int, codec: str = "none", method: Method | None = None
+    ) -> None:
         self.group = groups[k]
+        self.method = method or Greedy()
+        self.slots: deque[Slot] = deque()
         self.group.train()
         self.first = k == 0
         parameter = next(self.group.parameters(), None)
@@ -147,8 +158,14 @@ class GroupTimer:
             out.backward(gradient)
 
     def _local(self, x: Tensor) -> None:
-        method, objective = Greedy(), Objective()
-        method.local_step(self.group, x, self.target, objective, objective.scale(self.target))
+        objective, group, late = Objective(), self.group, self.method.uses_feedback and not self.group.last
+        scale = objective.scale(self.target)
+        step = self.method.local_step(group, x, self.target, objective, scale, keep_slot=late)
+        if step.slot is not None:
+            self.slots.append(step.slot)
+        if len(self.slots) > _DELAY:
+            slot = self.slots.popleft()
+            self.method.critic_step(group.critic, slot, slot.loss, objective)
 
     def _time(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
@@ -173,8 +190,8 @@ class GroupTimer:
         return found
 
     def _update(self) -> torch.optim.Optimizer | None:
-        """SGD with momentum, on copies of the group's parameters."""
-        copies = [p.detach().clone().requires_grad_() for p in self.group.layers.parameters()]
+        """SGD with momentum, on copies of the group's parameters, its critic's among them."""
+        copies = [p.detach().clone().requires_grad_() for p in self.group.parameters()]
         if not copies:
             return None
         for p in copies:

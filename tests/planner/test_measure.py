@@ -1,5 +1,7 @@
 """Measured costs: what is made of the times of a group's kinds of work, and that measuring leaves the group alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,29 @@ def test_every_kind_of_work_is_timed() -> None:
     assert kinds[0] == {**base, "encode": 2}
     assert kinds[1] == {**base, "forward": 4, "whole backward": 2, "encode": 2, "decode": 2}
     assert kinds[2] == {**base, "forward": 4, "whole backward": 2, "decode": 2}
+
+
+def test_late_critics_are_part_of_a_local_step() -> None:
+    method = lct.LocalCritic()
+    heard: list[int] = []
+    real = method.critic_step
+
+    def critic_step(critic: Any, slot: Any, next_loss: Any, objective: Any) -> None:
+        real(critic, slot, next_loss, objective)
+        heard.append(len(timer.slots))
+
+    method.critic_step = critic_step  # type: ignore[method-assign]
+    groups = _groups()
+    timer = GroupTimer(groups, 1, 4, method=method)
+    timer.round()
+    assert not heard and len(timer.slots) == 2
+    timer.round()
+    # The fourth batch is the first for which a critic hears of one, the first.
+    assert heard == [3] and len(timer.slots) == 3
+    # The last group has no critic that waits.
+    last = GroupTimer(groups, 2, 4, method=method)
+    last.round()
+    assert not last.slots
 
 
 def test_measuring_leaves_the_groups_as_they_were() -> None:
