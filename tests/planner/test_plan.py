@@ -185,9 +185,8 @@ def test_a_plan_of_a_model(capsys: pytest.CaptureFixture[str], threads: None) ->
     made = json.loads(capsys.readouterr().out)
     assert set(made["costs"]) == {"1", "2"} and len(made["costs"]["1"]) == 2
     first, second = made["costs"]["1"]
-    # Where the cut falls is measured, and so may differ; both places have 16 values a sample.
-    weights = sum(p.numel() for p in tiny().parameters())
-    assert first["parameter_bytes"] + second["parameter_bytes"] == 4 * weights
+    # Where the cut falls is measured, and so may differ; at both places 16 values a sample cross.
+    assert first["parameter_bytes"] in (4 * (48 * 16 + 16), 4 * (48 * 16 + 16 + 16 * 16 + 16))
     assert first["activation_bytes"] == 8 * 16 * 4
     assert first["forward_s"] > 0 and second["decode_s"] > 0 and second["activation_bytes"] == 0
     assert {p["codec"] for p in made["predictions"]} == {"none", "int8"}
