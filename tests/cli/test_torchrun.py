@@ -142,7 +142,7 @@ def test_processes_that_do_not_fit_are_refused_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_program_in_the_docs_runs(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (program,) = re.findall(r"```python torchrun=\d\n(.*?)```", page, re.S)
     before = (
         "import torch\n"
         "torch.set_num_threads(1)\n"

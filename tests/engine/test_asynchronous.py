@@ -313,7 +313,7 @@ def test_the_program_in_the_docs_runs(threads: None) -> None:
     page = (Path(__file__).parents[2] / "docs" / "asynchronous.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
     names = {"lct": lct, "groups": nets.groups(lct.Greedy()), "loader": nets.batches(4)}
-    exec(program.replace("steps=1000", "steps=10"), names)
+    exec(program.replace("steps=100,", "steps=10,"), names)
     assert names["trainer"].meter.replay()["updates"] == [10] * 4  # type: ignore[attr-defined]
 
 
