@@ -31,8 +31,8 @@ bench: $(VENV)/installed-rivals
 
 # Tables and plots of README and docs, from benchmarks/results.
 .PHONY: tables
-tables:
-	$(PYTHON) -m benchmarks.tables
+tables: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.tables
 
 # Recompiles the native module in place after a change under csrc/.
 build: $(VENV)/installed

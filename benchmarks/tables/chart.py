@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lct_fast.report.svg import apart
+
 WIDTH, HEIGHT = 760, 430
 LEFT, RIGHT, TOP, BOTTOM = 64, 200, 60, 68
 # Told apart by people who see colours differently, too.
@@ -89,7 +91,9 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], note: str = ""
             if name
         ]
         ends.append((placed[-1][1] if one.line else TOP + 6, one))
-    for height, (_, one) in zip(_apart([end for end, _ in ends]), ends, strict=True):
+    for height, (_, one) in zip(
+        apart([end for end, _ in ends], HEIGHT - BOTTOM, _LABEL_GAP), ends, strict=True
+    ):
         if not one.line:
             fill = "#fff" if one.hollow else one.colour
             parts.append(
@@ -133,16 +137,3 @@ def _text(x: float, y: float, text: str, colour: str = "#222", anchor: str = "st
         f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}" font-size="{size}">'
         f"{html.escape(text)}</text>"
     )
-
-
-def _apart(heights: Sequence[float]) -> list[float]:
-    """``heights`` moved down, in order, until no two labels touch; up again where they would leave the chart."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    moved = list(heights)
-    for above, below in zip(order, order[1:], strict=False):
-        moved[below] = max(moved[below], moved[above] + _LABEL_GAP)
-    floor = float(HEIGHT - BOTTOM)
-    for i in reversed(order):
-        moved[i] = min(moved[i], floor)
-        floor = moved[i] - _LABEL_GAP
-    return moved

@@ -103,7 +103,7 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line], most_points:
         if last:
             ends.append((last[-1], line))
     if len(ends) <= MOST_LABELS:
-        for at, (_, line) in zip(_apart([end for end, _ in ends]), ends, strict=True):
+        for at, (_, line) in zip(apart([end for end, _ in ends], HEIGHT - BOTTOM), ends, strict=True):
             place = f'x="{right + 5}" y="{at + 4.5:.1f}"'
             parts.append(f'<text class="end" style="{line.style}" {place}>{escape(line.label)}</text>')
     return "".join([*parts, "</svg>"])
@@ -130,13 +130,12 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
     return "".join([*parts, "h0" if alone else ""])
 
 
-def _apart(heights: Sequence[float], gap: float = 15.0) -> list[float]:
-    """``heights`` moved so that labels there do not overlap: down in order, then up again from the bottom."""
+def apart(heights: Sequence[float], floor: float, gap: float = 15.0) -> list[float]:
+    """``heights`` moved so that labels there do not overlap: down in order, then up again from ``floor``."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     moved = list(heights)
     for above, below in zip(order, order[1:], strict=False):
         moved[below] = max(moved[below], moved[above] + gap)
-    floor = float(HEIGHT - BOTTOM)
     for i in reversed(order):
         moved[i] = min(moved[i], floor)
         floor = moved[i] - gap
