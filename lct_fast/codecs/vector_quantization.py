@@ -15,7 +15,11 @@ from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout, laid_out
 from lct_fast.codecs.late import Late
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_DECAY = 0.99
+# A word is an average over at least about this many vectors, and over 2 to 100 batches.
+_VECTORS = 64
+_DECAYS = (0.5, 0.99)
+# Of a codebook that travels.
+_KIND, _BLOCK = "int8", 64
 # A word chosen less than this part of the average is unused.
 _UNUSED = 0.05
 _CANDIDATES = 16
@@ -25,10 +29,11 @@ _DRIFT = 0.05
 # and codebooks stay below this part of all bytes.
 _SHARE = 0.1
 _COUNTERS = ("batches", "code_bytes", "codebook_bytes")
+_KNOWN = ("known", "known_scales")
 
 
 class VectorQuantization(Codec):
-    """Online vector quantisation of what crosses a cut (arXiv 2106.06401; its codebook's update, decay 0.99).
+    """Online vector quantisation of what crosses a cut (arXiv 2106.06401).
 
     The C channels at each position are C / D vectors of D; each of the C / D groups has K words of its own. A vector
     travels as ceil(log2 K) bits: 32 D / log2 K times fewer than fp32. Channels are dimension 1 of [N, C, H, W] and
@@ -39,9 +44,12 @@ class VectorQuantization(Codec):
     same number of bits; codebooks are S^2 times as large.
 
     The codebook starts as k-means of the first batch and then follows by moving averages; unused words are given
-    vectors of the batch. Batches are coded with the codebook the consumer has. It gets a new one, rounded to bf16,
-    when the drift between the two, sum_k n_k |c_k - sent_k|^2, exceeds 5 % of the quantisation error, unless codebooks
-    would become more than a tenth of all bytes. The drift is read two batches late, so that no device is waited for.
+    vectors of the batch. With M vectors a batch in each group the averages' decay is 1 - M / (64 K), within 0.5 and
+    the paper's 0.99: with enough vectors for every word an older one only holds the codebook back.
+
+    Batches are coded with the codebook the consumer has. It gets a new one, as int8 with a scale for 64 values, when
+    the drift between the two, sum_k n_k |c_k - sent_k|^2, exceeds 5 % of the quantisation error, unless codebooks would
+    become more than a tenth of all bytes. The drift is read two batches late, so that no device is waited for.
 
     Over replicas counts, sums and errors are those of the whole batch and candidates the first replica's, so that all
     keep the same codebooks.
@@ -68,6 +76,8 @@ class VectorQuantization(Codec):
         self.codebook: Tensor | None = None
         self.averages: ops.VQState | None = None
         self.sent: Tensor | None = None
+        # [G, K]: |c_k - sent_k|^2 when it was sent.
+        self.rounding: Tensor | None = None
         self.drifts: deque[Late] = deque()
         self.code_bytes = self.codebook_bytes = 0
         self.batches = 0
@@ -76,8 +86,8 @@ class VectorQuantization(Codec):
         self.chosen_batches = 0
         # Whether the consumer lacks the codebook that is in use; never between two calls of encode.
         self._unsent = False
-        # The consumer's, in bf16 as it came.
-        self.known: Tensor | None = None
+        # The consumer's, payload and scales as they came.
+        self.known: tuple[Tensor, ...] = ()
         self.known_version = 0
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -105,24 +115,30 @@ class VectorQuantization(Codec):
             self._start(x)
         elif self._due():
             self._renew()
-        assert self.codebook is not None and self.averages is not None and self.sent is not None
+        assert self.codebook is not None and self.averages is not None
+        assert self.sent is not None and self.rounding is not None
         coded = self._coded(x, self.sent, _CANDIDATES)
-        unused = _UNUSED * len(x) * self.replicas.count / self.codewords
+        share = len(x) * self.replicas.count / self.codewords
+        unused = _UNUSED * share
+        fastest, slowest = _DECAYS
         # An average over few batches at first, when activations change most.
-        decay = min(_DECAY, 1 - 1 / (self.batches + 2))
+        decay = min(max(1 - share / _VECTORS, fastest), slowest, 1 - 1 / (self.batches + 2))
         self.batches += 1
         self.chosen = coded.counts.clone() if self.chosen is None else self.chosen.add_(coded.counts)
         self.chosen_batches += 1
         ops.vq_update(
             self.codebook, self.averages, coded.counts, coded.sums, coded.candidates, decay, 1e-5, unused
         )
-        moved = (self.codebook - self.sent).square().sum(2)
+        # What int8 takes away, a new codebook would not bring back.
+        moved = ((self.codebook - self.sent).square().sum(2) - self.rounding).clamp_(min=0)
         self.drifts.append(Late((self.averages.counts * moved).sum() / coded.squared_error))
         tensors: tuple[Tensor, ...] = (coded.codes,)
         self.code_bytes += coded.codes.nbytes
         if self._unsent:
-            tensors = (coded.codes, self.sent.bfloat16())
-            self.codebook_bytes += tensors[1].nbytes
+            # Its values are those of int8 already, so these are exact.
+            travelling = ops.block_quantize(self.sent, _KIND, _BLOCK)
+            tensors = (coded.codes, *travelling)
+            self.codebook_bytes += sum(t.nbytes for t in travelling)
             self._unsent = False
         return Encoded(tensors, Layout.of(h), self.version)
 
@@ -132,30 +148,34 @@ class VectorQuantization(Codec):
         if len(layout.shape) < 2:
             raise CodecError(f"{self.name}: expected rows of channels, got shape {list(layout.shape)}")
         channels = self._channels(layout)
-        if rest and (len(rest) > 1 or rest[0].dtype != torch.bfloat16):
-            raise CodecError(f"{self.name}: expected a codebook in bf16, got {[t.dtype for t in rest]}")
-        known = rest[0] if rest else self.known
-        if known is None or (not rest and encoded.version != self.known_version):
+        if rest and [t.dtype for t in rest] != [torch.uint8, torch.bfloat16]:
+            raise CodecError(
+                f"{self.name}: expected a codebook as int8 and its scales, got {[t.dtype for t in rest]}"
+            )
+        known = tuple(rest) or self.known
+        if not known or (not rest and encoded.version != self.known_version):
             raise CodecError(f"{self.name}: expected codebook {self.known_version}, got {encoded.version}")
         whole = channels > 0 and channels % self.depth == 0
-        if not whole or known.shape != (channels // self.depth, self.codewords, self.depth):
+        values = channels * self.codewords
+        if not whole or [t.shape for t in known] != [(values,), (-(-values // _BLOCK),)]:
             raise CodecError(
-                f"{self.name}: a codebook {list(known.shape)} does not belong to {channels} channels"
+                f"{self.name}: a codebook of {known[0].numel()} values does not belong to {channels} channels"
             )
         # Only a newer one is the producer's; an older one belongs to a batch that was kept for later.
         if encoded.version > self.known_version:
             # What comes over a link lies in memory that is used again.
-            known = self.known = known.clone()
+            known = self.known = tuple(t.clone() for t in known)
             self.known_version = encoded.version
-        return Encoded((codes, known), layout, encoded.version)
+        return Encoded((codes, *known), layout, encoded.version)
 
     def decode(self, encoded: Encoded) -> Tensor:
-        codes, known = self.resolve(encoded).tensors
+        codes, *known = self.resolve(encoded).tensors
         layout = encoded.layout
         channels = self._channels(layout)
         dtype = layout.dtype if layout.dtype in _FLOATS else torch.float32
         try:
-            x = ops.vq_decode(codes, known.float(), layout.size // channels, dtype)
+            words = _words(known[0], known[1], channels // self.depth, self.codewords, self.depth)
+            x = ops.vq_decode(codes, words, layout.size // channels, dtype)
         except (ValueError, TypeError) as error:
             raise CodecError(f"{self.name}: {error}") from None
         return _from_rows(x, layout, self.patch)
@@ -181,12 +201,12 @@ class VectorQuantization(Codec):
         saved |= {name: getattr(self, name) for name in _COUNTERS}
         saved["drifts"] = [d.value() for d in self.drifts]
         if self.codebook is not None and self.averages is not None and self.sent is not None:
-            saved |= {"codebook": self.codebook, "sent": self.sent}
+            saved |= {"codebook": self.codebook, "sent": self.sent, "rounding": self.rounding}
             saved |= {"counts": self.averages.counts, "sums": self.averages.sums}
         if self.chosen is not None:
             saved |= {"chosen": self.chosen, "chosen_batches": self.chosen_batches}
-        if self.known is not None:
-            saved["known"] = self.known
+        if self.known:
+            saved |= dict(zip(_KNOWN, self.known, strict=True))
         return saved
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
@@ -198,9 +218,10 @@ class VectorQuantization(Codec):
         def place(name: str) -> Tensor | None:
             return state[name].to(device).clone() if name in state else None
 
-        self.codebook, self.sent, self.known = place("codebook"), place("sent"), place("known")
-        # Earlier checkpoints have the same values in fp32.
-        self.known = None if self.known is None else self.known.bfloat16()
+        self.codebook, self.sent, self.rounding = place("codebook"), place("sent"), place("rounding")
+        self.known = tuple(t for t in map(place, _KNOWN) if t is not None)
+        if len(self.known) not in (0, len(_KNOWN)):
+            raise CodecError(f"{self.name}: its codebook is of an earlier lct_fast; start the run anew")
         # Checkpoints from before it was counted lack it.
         self.chosen, self.chosen_batches = place("chosen"), state.get("chosen_batches", 0)
         counts, sums = place("counts"), place("sums")
@@ -251,7 +272,9 @@ class VectorQuantization(Codec):
 
     def _renew(self) -> None:
         assert self.codebook is not None
-        self.sent = self.codebook.bfloat16().float()
+        groups, words, depth = self.codebook.shape
+        self.sent = _words(*ops.block_quantize(self.codebook, _KIND, _BLOCK), groups, words, depth)
+        self.rounding = (self.codebook - self.sent).square().sum(2)
         self.version += 1
         self._unsent = True
 
@@ -267,6 +290,12 @@ class VectorQuantization(Codec):
             self.drifts.clear()
             return True
         return False
+
+
+def _words(payload: Tensor, scales: Tensor, groups: int, codewords: int, depth: int) -> Tensor:
+    """The codebook [G, K, D] in fp32 that came as int8."""
+    flat = ops.block_dequantize(payload, scales, groups * codewords * depth, _KIND, _BLOCK)
+    return flat.view(groups, codewords, depth)
 
 
 def _rows(h: Tensor, patch: int) -> Tensor:

@@ -95,8 +95,8 @@ def test_it_follows_the_whole_batch(monkeypatch: pytest.MonkeyPatch, threads: No
     def begin(codec: codecs.Codec) -> None:
         assert isinstance(codec, VectorQuantization)
         words = torch.rand(2, 8, 2, generator=torch.Generator().manual_seed(3))
-        codec.codebook, codec.sent = words.clone(), words.bfloat16().float()
-        codec.averages = ops.vq_state(words, 64.0)
+        codec.codebook, codec.averages = words.clone(), ops.vq_state(words, 64.0)
+        codec._renew()
 
     def work(codec: codecs.Codec, replica: int) -> None:
         begin(codec)
