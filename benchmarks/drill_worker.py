@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lct_fast.cli import main
-from lct_fast.engine import checkpoint, packet
-from lct_fast.engine.heartbeat import Heartbeat
-from lct_fast.engine.ranks import ProcessTransport
+from lct_fast.engine import checkpoint
+from lct_fast.engine.transport import packet
+from lct_fast.engine.transport.heartbeat import Heartbeat
+from lct_fast.engine.transport.ranks import ProcessTransport
 
 KINDS = ("kill", "stop", "cut", "full", "flip")
 

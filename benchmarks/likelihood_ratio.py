@@ -32,7 +32,7 @@ from tqdm import tqdm
 import lct_fast as lct
 from lct_fast.bench.machine import header
 from lct_fast.data import Batches
-from lct_fast.engine.group import OutputHead
+from lct_fast.engine.network.group import OutputHead
 from lct_fast.methods import Objective
 from lct_fast.methods.method import GroupLike
 

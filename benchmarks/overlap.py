@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 import lct_fast as lct
 from benchmarks.sections import write
 from lct_fast.bench.machine import commit, versions
-from lct_fast.engine import streams
-from lct_fast.engine.graphs import eager_lines
-from lct_fast.engine.ticks import Ticks
+from lct_fast.engine.cuda import streams
+from lct_fast.engine.schedules.graphs import eager_lines
+from lct_fast.engine.schedules.ticks import Ticks
 
 CRITIC = "pooled_linear:pool=4"
 # Steps before anything is timed: compilation, warm-up and recording of every slot's graphs.

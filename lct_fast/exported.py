@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lct_fast import models
-from lct_fast.engine.group import exit_module
-from lct_fast.engine.split import split
+from lct_fast.engine.network.group import exit_module
+from lct_fast.engine.network.split import split
 
 _COMMON = ("model", "classes", "split", "critic", "exit")
 _IMAGES = ("channels", "size", "mean", "std")

@@ -12,7 +12,7 @@ from benchmarks import gpu_bench, overlap
 from benchmarks.overlap import TRIAL as SMALL
 from benchmarks.overlap import Task
 from benchmarks.sections import CUT, Context, SectionFailed
-from lct_fast.engine import streams
+from lct_fast.engine.cuda import streams
 
 
 @pytest.mark.slow

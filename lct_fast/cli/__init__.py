@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     from lct_fast.cli import processes
     from lct_fast.cli.config import ConfigError
-    from lct_fast.engine import OutOfMemoryError, PeerError, ReplicaError, heartbeat
+    from lct_fast.engine import OutOfMemoryError, PeerError, ReplicaError
+    from lct_fast.engine.transport import heartbeat
     from lct_fast.ops import BackendError
 
     args = argument_parser().parse_args(argv)

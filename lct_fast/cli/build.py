@@ -17,7 +17,7 @@ from lct_fast.cli.build_method import build_method, on_cuda
 from lct_fast.cli.options import LAYER_PARALLEL, Config, ConfigError
 from lct_fast.data import Batches, ImageData, TextData, Windows
 from lct_fast.engine import Async, Hybrid, Trainer, split
-from lct_fast.engine.group import Group
+from lct_fast.engine.network.group import Group
 
 
 def set_up(config: Config) -> list[torch.device]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lct_fast.engine.group import Group
+from lct_fast.engine.network.group import Group
 from lct_fast.models.macs import macs
 
 

@@ -16,8 +16,8 @@ from lct_fast.cli.config import ConfigError
 from lct_fast.cli.load_run import load_run
 from lct_fast.cli.recorder import bits_per_character
 from lct_fast.data import ImageData, TextData
-from lct_fast.engine.exits import accuracy, collect, ensemble, progressive
-from lct_fast.engine.structures import Structure, progressive_macs, structures
+from lct_fast.engine.network.exits import accuracy, collect, ensemble, progressive
+from lct_fast.engine.network.structures import Structure, progressive_macs, structures
 
 
 def add_parser(subparsers: Any) -> None:

@@ -12,9 +12,9 @@ from lct_fast.cli.config import ConfigError
 from lct_fast.cli.evaluate import table
 from lct_fast.cli.load_run import TrainedRun, load_run
 from lct_fast.data import TextData
-from lct_fast.engine.exits import collect
-from lct_fast.engine.group import parameter_count
-from lct_fast.engine.structures import smallest, structures
+from lct_fast.engine.network.exits import collect
+from lct_fast.engine.network.group import parameter_count
+from lct_fast.engine.network.structures import smallest, structures
 
 
 def add_parser(subparsers: Any) -> None:

@@ -12,8 +12,8 @@ from lct_fast.cli.config import Config
 from lct_fast.cli.recorder import Recorder
 from lct_fast.data import Batches, Windows
 from lct_fast.engine import Mark, Stats, Trainer, checkpoint
-from lct_fast.engine.exits import Evaluation
-from lct_fast.engine.replicas import part
+from lct_fast.engine.network.exits import Evaluation
+from lct_fast.engine.transport.replicas import part
 
 # Marks in the stream of a pipelined run.
 _CHECKPOINT, _FLUSHED = 1, 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lct_fast.cli.options import LAYER_PARALLEL, Config
-from lct_fast.engine.schedules import PIPELINED_DELAY
+from lct_fast.engine.schedules.schedule import PIPELINED_DELAY
 from lct_fast.methods import LikelihoodRatio
 
 # What fits a data set when the user doesn't say; the rest are for 32x32 and larger images.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lct_fast import codecs
-from lct_fast.engine.schedules import SCHEDULES
+from lct_fast.engine.schedules.schedule import SCHEDULES
 from lct_fast.methods.likelihood_ratio import NOISE
 from lct_fast.methods.likelihood_ratio_noise import SAMPLING
 from lct_fast.methods.likelihood_ratio_storage import STORAGE

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lct_fast.cli.config import Config
 from lct_fast.cli.run_folder import RunFolder
 from lct_fast.engine import Stats, Trainer
-from lct_fast.engine.exits import Evaluation
+from lct_fast.engine.network.exits import Evaluation
 from lct_fast.engine.worker import learning_rate
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lct_fast.cli.config import Config, ConfigError, read_yaml, resolve, write_yaml
-from lct_fast.engine.schedules import PIPELINED_DELAY
+from lct_fast.engine.schedules.schedule import PIPELINED_DELAY
 from lct_fast.report import tensorboard
 
 # Options that may change when a run goes on: they change no bit of it.

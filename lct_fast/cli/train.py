@@ -21,9 +21,9 @@ from lct_fast.cli.run_folder import RunFolder
 from lct_fast.data import TextData
 from lct_fast.engine import CheckpointError, Trainer, checkpoint
 from lct_fast.engine.diagnosis import late_means, rows
-from lct_fast.engine.graphs import eager_lines
-from lct_fast.engine.group import parameter_count
 from lct_fast.engine.meter import Meter
+from lct_fast.engine.network.group import parameter_count
+from lct_fast.engine.schedules.graphs import eager_lines
 from lct_fast.engine.trace import write_trace
 from lct_fast.report import plot_curves
 from lct_fast.report.run import exit_name

@@ -8,11 +8,11 @@ from lct_fast.engine.errors import (
     PeerError,
     ReplicaError,
 )
-from lct_fast.engine.exits import Evaluation
-from lct_fast.engine.group import Group
 from lct_fast.engine.hybrid import Hybrid
-from lct_fast.engine.schedules import Async
-from lct_fast.engine.split import split
+from lct_fast.engine.network.exits import Evaluation
+from lct_fast.engine.network.group import Group
+from lct_fast.engine.network.split import split
+from lct_fast.engine.schedules.schedule import Async
 from lct_fast.engine.stats import Mark, Stats
 from lct_fast.engine.trainer import Trainer
 

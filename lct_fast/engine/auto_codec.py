@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lct_fast import codecs
-from lct_fast.engine import carried
-from lct_fast.engine.ranks import Ranks
+from lct_fast.engine.network import carried
+from lct_fast.engine.transport.ranks import Ranks
 from lct_fast.engine.worker import Worker
 from lct_fast.methods import Objective
 

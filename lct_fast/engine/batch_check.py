@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lct_fast.codecs.late import Late
+from lct_fast.engine.cuda.gate import LATE
 from lct_fast.engine.errors import NonFiniteError
-from lct_fast.engine.gate import LATE
 from lct_fast.methods import Objective
 
 # What is wrong with a batch, as a number that a device can tell.

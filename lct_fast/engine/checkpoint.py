@@ -171,12 +171,12 @@ def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
         fresh = worker.random.state
         unpack_worker(worker, *read[worker.index])
         if not same:
-            worker.owed.clear()
+            worker.feedback.owed.clear()
             if trainer.replica > 0:
                 worker.random.state = fresh
-        if worker.pending:
+        if worker.feedback.pending:
             owed = dict(unpack(read[worker.index + 1][1]["owed"], read[worker.index + 1][0]))
-            for pending in worker.pending:
+            for pending in worker.feedback.pending:
                 if pending.batch not in owed:
                     raise CheckpointError(f"{path} lacks the feedback of batch {pending.batch}")
                 pending.next_loss = owed[pending.batch].to(worker.device)

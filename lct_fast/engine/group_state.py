@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_fast.engine import carried
 from lct_fast.engine.errors import CheckpointError
-from lct_fast.engine.worker import Pending, Worker
+from lct_fast.engine.feedback import Pending
+from lct_fast.engine.network import carried
+from lct_fast.engine.worker import Worker
 from lct_fast.methods import Slot
 
 _COUNTERS = (
@@ -73,9 +74,11 @@ def _pack_own(worker: Worker) -> tuple[dict[str, Tensor], dict[str, Any]]:
     # Inside an accumulation there are gradients to keep.
     tensors |= {f"grad.{n}": p.grad for n, p in worker.group.named_parameters() if p.grad is not None}
     description: dict[str, Any] = {
-        "pending": [_pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.pending)]
+        "pending": [
+            _pack(_pending_state(p), f"pending.{i}", tensors) for i, p in enumerate(worker.feedback.pending)
+        ]
     }
-    description["owed"] = _pack(list(worker.owed), "owed", tensors)
+    description["owed"] = _pack(list(worker.feedback.owed), "owed", tensors)
     description["kept"] = worker.kept and _pack(worker.kept.state(), "kept", tensors)
     state = {name: layer.carried for name, layer in carried.layers(worker.group).items()}
     description["carried"] = state and _pack(state, "carried", tensors)
@@ -96,11 +99,11 @@ def unpack_worker(worker: Worker, tensors: dict[str, Tensor], description: dict[
             getattr(worker, name).load_state_dict(unpack(description[name], tensors))
     for scheduler, state in zip(worker.schedulers, description["schedulers"], strict=True):
         scheduler.load_state_dict(unpack(state, tensors))
-    worker.pending.clear()
+    worker.feedback.pending.clear()
     for state in description["pending"]:
-        worker.pending.append(_pending(unpack(state, tensors), worker.device))
+        worker.feedback.pending.append(_pending(unpack(state, tensors), worker.device))
     owed = unpack(description["owed"], tensors)
-    worker.owed = deque((batch, loss.to(worker.device)) for batch, loss in owed)
+    worker.feedback.owed = deque((batch, loss.to(worker.device)) for batch, loss in owed)
     for name in ("decoder", "encoder"):
         if description[name] is not None:
             state = unpack(description[name]["state"], tensors)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lct_fast.engine import streams
-from lct_fast.engine.exits import Evaluation
+from lct_fast.engine.cuda import streams
+from lct_fast.engine.network.exits import Evaluation
 
 
 class Stats:

@@ -12,24 +12,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lct_fast import codecs
-from lct_fast.engine import auto_codec, carried
-from lct_fast.engine.async_stage import AsyncStage
-from lct_fast.engine.asynchronous import Asynchronous
+from lct_fast.engine import auto_codec
 from lct_fast.engine.auto_codec import Choice
 from lct_fast.engine.batch_check import BatchCheck
-from lct_fast.engine.exits import Evaluation, summed
-from lct_fast.engine.group import Group, exit_module, join
 from lct_fast.engine.hybrid import Hybrid
-from lct_fast.engine.lockstep import Lockstep
 from lct_fast.engine.meter import Meter
-from lct_fast.engine.ranks import Ranks
-from lct_fast.engine.sample_store import Samples
-from lct_fast.engine.schedules import Async, Plan, check_carried, plan
-from lct_fast.engine.stage import Stage
+from lct_fast.engine.network import carried
+from lct_fast.engine.network.exits import Evaluation, summed
+from lct_fast.engine.network.group import Group, exit_module, join
+from lct_fast.engine.schedules.async_stage import AsyncStage
+from lct_fast.engine.schedules.asynchronous import Asynchronous
+from lct_fast.engine.schedules.lockstep import Lockstep
+from lct_fast.engine.schedules.schedule import Async, Plan, check_carried, plan
+from lct_fast.engine.schedules.stage import Stage
+from lct_fast.engine.schedules.ticks import Ticks
+from lct_fast.engine.settings import SchedulerFactory, Settings
 from lct_fast.engine.stats import Event, Stats
-from lct_fast.engine.ticks import Ticks
-from lct_fast.engine.worker import SchedulerFactory, Settings, Worker, check_flags
-from lct_fast.engine.writer import Writer
+from lct_fast.engine.storage.sample_store import Samples
+from lct_fast.engine.storage.writer import Writer
+from lct_fast.engine.transport.ranks import Ranks
+from lct_fast.engine.worker import Worker, check_flags
 from lct_fast.methods import Method, Objective
 from lct_fast.methods.method import OptimizerFactory
 from lct_fast.methods.objective import LossFunction
@@ -416,7 +418,7 @@ class Trainer:
             worker.set_learning_rate(rate)
 
     def begin_sequence(self) -> None:
-        """Layers that carry state from batch to batch (``lct_fast.engine.carried``) begin afresh with the next one.
+        """Layers that carry state from batch to batch (``engine.network.carried``) begin afresh with the next one.
 
         For the start of an epoch whose batches follow on each other. Nothing happens where no layer carries state.
         """

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,50 +13,20 @@ from torch import Tensor, nn
 
 from lct_fast import codecs
 from lct_fast.codecs import Codec, Encoded
-from lct_fast.engine import carried
+from lct_fast.engine.cuda.gate import LATE, Gate, restore
 from lct_fast.engine.diagnosis import Diagnosis
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
-from lct_fast.engine.exits import score
-from lct_fast.engine.gate import LATE, Gate, restore
-from lct_fast.engine.group import Group
-from lct_fast.engine.hybrid import Hybrid
+from lct_fast.engine.feedback import Feedback, Pending
 from lct_fast.engine.meter import GroupMeter
-from lct_fast.engine.predictor import Predictor
+from lct_fast.engine.network import carried
+from lct_fast.engine.network.exits import score
+from lct_fast.engine.network.group import Group
 from lct_fast.engine.random_stream import RandomStream
-from lct_fast.engine.replicas import Replicas
-from lct_fast.engine.sample_store import SampleStore
-from lct_fast.methods import LocalStep, Method, Objective, Slot
-from lct_fast.methods.method import OptimizerFactory
-
-SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What every group of a run shares; see ``Trainer`` for the meaning of each."""
-
-    method: Method
-    objective: Objective
-    optimizer: OptimizerFactory
-    scheduler: SchedulerFactory | None = None
-    feedback_delay: int = 0
-    accumulate: int = 1
-    clip_norm: float | None = None
-    autocast: torch.dtype | None = None
-    compile: bool = False
-    memory_format: torch.memory_format = torch.preserve_format
-    checksum: bool | None = None
-    hybrid: Hybrid | None = None
-    diagnose: int = 0
-
-
-@dataclass(slots=True)
-class Pending:
-    """A batch whose feedback has not been applied; ``next_loss`` is None until it has come."""
-
-    batch: int
-    slot: Slot
-    next_loss: Tensor | None = None
+from lct_fast.engine.settings import Settings
+from lct_fast.engine.storage.predictor import Predictor
+from lct_fast.engine.storage.sample_store import SampleStore
+from lct_fast.engine.transport.replicas import Replicas
+from lct_fast.methods import LocalStep, Slot
 
 
 class Stateful(Protocol):
@@ -86,8 +54,7 @@ class Worker:
     Attributes:
         decoder, encoder: of what comes and of what leaves, this end's own; None before the first and behind the last
             group.
-        pending: batches whose feedback is still to be applied, oldest first.
-        owed: losses [N] of the latest ``feedback_delay`` batches that the group before learns from, oldest first.
+        feedback: what is awaited of the next group, and owed to the one before.
         meter: the group's own.
         kept: what a schedule has beside it that a checkpoint keeps with the group.
         store: what the method keeps for every training sample, or what foretells that; None where there is nothing.
@@ -128,8 +95,7 @@ class Worker:
         averaged = {id(p) for p in group.layers.parameters()}
         self._by_hand = [p for p in self.parameters if id(p) not in averaged]
         self.random = RandomStream(seed, index, device, self.replicas.index)
-        self.pending: deque[Pending] = deque()
-        self.owed: deque[tuple[int, Tensor]] = deque()
+        self.feedback = Feedback(index + 1, settings.feedback_delay)
         self.meter = GroupMeter(index, group.last)
         self.diagnosis: Diagnosis | None = None
         if settings.diagnose:
@@ -243,7 +209,7 @@ class Worker:
         """What the host keeps of a batch that ``compute`` has been through."""
         self.meter.samples += self.settings.objective.rows(target)
         if result.slot is not None and self.wants(batch):
-            self.pending.append(Pending(batch, result.slot))
+            self.feedback.pending.append(Pending(batch, result.slot))
         if self.gate is not None:
             self.gate.report(batch)
 
@@ -365,12 +331,6 @@ class Worker:
             and method.wants_feedback(batch // self.settings.accumulate)
         )
 
-    def owe(self, batch: int, loss: Tensor) -> None:
-        """Keeps a loss that has been sent back, as long as a checkpoint may need it."""
-        self.owed.append((batch, loss))
-        while self.owed and self.owed[0][0] <= batch - self.settings.feedback_delay:
-            self.owed.popleft()
-
     def update(self, batch: int) -> None:
         """The optimiser's step, if ``batch`` ends an accumulation, and the schedulers'."""
         if self._ends_update(batch):
@@ -398,18 +358,6 @@ class Worker:
         for scheduler in self.schedulers:
             scheduler.step()
 
-    def awaited(self, through: int) -> list[int]:
-        """Batches up to ``through`` whose feedback has not come yet."""
-        return [p.batch for p in self.pending if p.batch <= through and p.next_loss is None]
-
-    def receive_feedback(self, batch: int, next_loss: Tensor) -> None:
-        """Takes L_{k+1} [N] of ``batch``; it is applied when ``learn`` gets there."""
-        for pending in self.pending:
-            if pending.batch == batch:
-                pending.next_loss = next_loss
-                return
-        raise RuntimeError(f"group {self.index + 1} keeps no slot for the feedback of batch {batch}")
-
     def learn(self, batch: int) -> None:
         """After ``update`` on ``batch``: the critic learns from the batch ``feedback_delay`` before it."""
         self._apply(batch - self.settings.feedback_delay)
@@ -418,7 +366,7 @@ class Worker:
 
     def flush(self, batch: int) -> None:
         """Applies all feedback up to ``batch``, as one update of the critic."""
-        if self.pending:
+        if self.feedback.pending:
             self._apply(batch)
             self.update_critic()
 
@@ -495,29 +443,23 @@ class Worker:
         return (batch + 1) % self.settings.accumulate == 0
 
     def _apply(self, through: int) -> None:
-        while self.pending and self.pending[0].batch <= through:
-            pending = self.pending.popleft()
-            if pending.next_loss is None:
-                raise RuntimeError(
-                    f"group {self.index + 1}: the feedback of batch {pending.batch} is missing"
-                )
-            self.meter.feedback_bytes += pending.next_loss.nbytes
+        for slot, next_loss, batch in self.feedback.take(through):
+            self.meter.feedback_bytes += next_loss.nbytes
             if self.store is None:
-                self.hear(pending.slot, pending.next_loss)
+                self.hear(slot, next_loss)
             else:
-                self._keep(pending, self.store)
+                self._keep(slot, next_loss, batch, self.store)
 
-    def _keep(self, pending: Pending, store: SampleStore | Predictor) -> None:
+    def _keep(self, slot: Slot, next_loss: Tensor, batch: int, store: SampleStore | Predictor) -> None:
         """What is kept for the samples of a batch, now that the next group has answered."""
-        slot, back = pending.slot, pending.next_loss
-        assert slot.samples is not None and back is not None
+        assert slot.samples is not None
         if slot.era != store.era:
             return
         with self.meter.span("sample state"):
-            found = self.settings.method.late_state(slot, back)
+            found = self.settings.method.late_state(slot, next_loss)
             if self.gate is None and not all(bool(torch.isfinite(t).all()) for t in found.values()):
                 raise NonFiniteError(
-                    f"what group {self.index + 1} keeps for the samples of batch {pending.batch} is NaN or Inf: lower "
+                    f"what group {self.index + 1} keeps for the samples of batch {batch} is NaN or Inf: lower "
                     f"the learning rate, beta or eta, and go on from the last checkpoint"
                 )
             store.write(slot.samples, found)

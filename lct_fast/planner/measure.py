@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lct_fast import codecs
-from lct_fast.engine.group import Group
+from lct_fast.engine.network.group import Group
 from lct_fast.methods import Greedy, Method, Objective
 from lct_fast.methods.method import Slot
 from lct_fast.planner.costs import GroupCost

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lct_fast.codecs.late import Late
-from lct_fast.engine import streams
+from lct_fast.engine.cuda import streams
 
 Clock = dict[str, int]
 # The last one makes a number a tensor on the host, which then is copied while the host waits.

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lct_fast import codecs
 from lct_fast.codecs import CodecError
-from lct_fast.engine import PacketError, packet
-from lct_fast.engine.packet import Kind, Packet
+from lct_fast.engine import PacketError
+from lct_fast.engine.transport import packet
+from lct_fast.engine.transport.packet import Kind, Packet
 
 SPECS = (
     *("none", "bf16", "fp8", "int8", "int4:32", "int2", "topk:4"),

@@ -16,12 +16,13 @@ from torch import Tensor
 
 import lct_fast as lct
 from lct_fast.codecs import Encoded, Layout
-from lct_fast.engine import checkpoint, exits
-from lct_fast.engine.intake import Intake
-from lct_fast.engine.link import Inbox, Outbox
+from lct_fast.engine import checkpoint
 from lct_fast.engine.meter import GroupMeter
-from lct_fast.engine.packet import Kind, Packet
-from lct_fast.engine.replay import ReplayBuffer, ReplaySlot
+from lct_fast.engine.network import exits
+from lct_fast.engine.schedules.intake import Intake
+from lct_fast.engine.storage.replay import ReplayBuffer, ReplaySlot
+from lct_fast.engine.transport.link import Inbox, Outbox
+from lct_fast.engine.transport.packet import Kind, Packet
 from tests.engine import nets
 from tests.engine.pipelined_cases import Case, run_processes
 from tests.engine.test_link import Pipe

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import lct_fast as lct
 from lct_fast.engine import checkpoint
-from lct_fast.engine.asynchronous import Asynchronous
-from lct_fast.engine.turns import Turns
+from lct_fast.engine.schedules.asynchronous import Asynchronous
+from lct_fast.engine.schedules.turns import Turns
 from tests.engine import nets
 from tests.engine.pipelined_cases import Case
 

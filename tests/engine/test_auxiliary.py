@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lct_fast as lct
 from lct_fast.engine import checkpoint
-from lct_fast.engine.predictor import Predictor
+from lct_fast.engine.storage.predictor import Predictor
 from lct_fast.methods.auxiliary import AuxiliaryNet
 from tests.engine import nets
 

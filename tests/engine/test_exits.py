@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lct_fast.engine.exits import accuracy, ensemble, progressive
+from lct_fast.engine.network.exits import accuracy, ensemble, progressive
 
 # Two exits, four samples, two classes; probabilities of class 1 given as logits.
 FIRST = torch.tensor([[0.0, 5.0], [0.0, 0.1], [5.0, 0.0], [0.2, 0.0]])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lct_fast as lct
 from lct_fast import critics
 from lct_fast.critics.pooling import pool_to
-from lct_fast.engine.fused import fuse
+from lct_fast.engine.network.fused import fuse
 from tests.engine import nets
 
 

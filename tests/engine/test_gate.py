@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lct_fast as lct
-from lct_fast.engine.gate import LATE, Gate
-from lct_fast.engine.graphs import WARM_UP
+from lct_fast.engine.cuda.gate import LATE, Gate
+from lct_fast.engine.schedules.graphs import WARM_UP
 from tests.engine import nets, test_streams
 from tests.engine.fake_device import Machine
 from tests.engine.test_streams import machine as machine

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lct_fast.engine import PeerError, heartbeat
-from lct_fast.engine.heartbeat import Heartbeat
-from lct_fast.engine.watch import Beat, Phase, Report, Watch, root_cause
+from lct_fast.engine import PeerError
+from lct_fast.engine.transport import heartbeat
+from lct_fast.engine.transport.heartbeat import Heartbeat
+from lct_fast.engine.transport.watch import Beat, Phase, Report, Watch, root_cause
 
 RUNNING, STARTING, ENDING = Phase.RUNNING, Phase.STARTING, Phase.ENDING
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lct_fast as lct
 from lct_fast.engine import checkpoint
-from lct_fast.engine.serial import Part
+from lct_fast.engine.schedules.serial import Part
 from tests.engine import nets
 from tests.engine.pipelined_cases import (
     MIDDLE,
@@ -200,7 +200,7 @@ def test_feedback_on_its_way_is_applied_at_its_batch(schedule: str, threads: Non
     for t in range(4, 8):
         before = _critics(trainer)
         trainer.step(*batches[t])
-        assert [p.batch for p in first.pending] == [b for b in range(4) if b > t - 3]
+        assert [p.batch for p in first.feedback.pending] == [b for b in range(4) if b > t - 3]
         # Batch 0 was applied at batch 3, so batches 1, 2, 3 are at 4, 5, 6 and none at 7.
         assert nets.same(before, _critics(trainer)) == (t == 7)
 

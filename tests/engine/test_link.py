@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lct_fast.engine import PacketError, PeerError
-from lct_fast.engine.link import Inbox, Outbox
 from lct_fast.engine.meter import GroupMeter
-from lct_fast.engine.packet import Kind, Packet
+from lct_fast.engine.transport.link import Inbox, Outbox
+from lct_fast.engine.transport.packet import Kind, Packet
 
 
 class Pipe:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import lct_fast as lct
-from lct_fast.engine import streams
-from lct_fast.engine.graphs import WARM_UP
+from lct_fast.engine.cuda import streams
 from lct_fast.engine.random_stream import RandomStream
-from lct_fast.engine.ticks import Ticks
+from lct_fast.engine.schedules.graphs import WARM_UP
+from lct_fast.engine.schedules.ticks import Ticks
 from tests.conftest import needs_gpus
 from tests.engine import nets
 from tests.engine.test_gate import Deep, all_of, equal

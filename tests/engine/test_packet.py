@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from lct_fast.codecs import Encoded, Layout, dense
-from lct_fast.engine import PacketError, packet
-from lct_fast.engine.packet import Kind, Packet
+from lct_fast.engine import PacketError
+from lct_fast.engine.transport import packet
+from lct_fast.engine.transport.packet import Kind, Packet
 
 TENSORS = {
     "contiguous": torch.randn(3, 5, 2, 7),

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 import lct_fast as lct
-from lct_fast.engine import heartbeat
-from lct_fast.engine.schedules import PIPELINED_DELAY
-from lct_fast.engine.stage import DEPTH
+from lct_fast.engine.schedules.schedule import PIPELINED_DELAY
+from lct_fast.engine.schedules.stage import DEPTH
+from lct_fast.engine.transport import heartbeat
 from tests.engine import nets
 from tests.engine.pipelined_cases import CASES, Case, run_processes, train_as_rank, train_here
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lct_fast as lct
-from lct_fast.engine import CheckpointError, carried, checkpoint
-from lct_fast.engine.exits import collect
-from lct_fast.engine.graphs import why_eager
+from lct_fast.engine import CheckpointError, checkpoint
+from lct_fast.engine.network import carried
+from lct_fast.engine.network.exits import collect
+from lct_fast.engine.schedules.graphs import why_eager
 from lct_fast.methods import objective
 from tests.engine import nets
 from tests.engine.pipelined_cases import run_processes, weights

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lct_fast import codecs
 from lct_fast.codecs import Encoded, Layout
-from lct_fast.engine.replay import ReplayBuffer, ReplaySlot
+from lct_fast.engine.storage.replay import ReplayBuffer, ReplaySlot
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import lct_fast as lct
 from lct_fast.codecs.vector_quantization import VectorQuantization
-from lct_fast.engine import checkpoint, stage
-from lct_fast.engine.replicas import part
+from lct_fast.engine import checkpoint
+from lct_fast.engine.schedules import stage
+from lct_fast.engine.transport.replicas import part
 from tests.engine import nets
 from tests.engine.pipelined_cases import run_processes
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lct_fast as lct
-from lct_fast.engine.sample_store import Samples, SampleStore
+from lct_fast.engine.storage.sample_store import Samples, SampleStore
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import lct_fast as lct
-from lct_fast.engine.group import exit_module
-from lct_fast.engine.split import _partition
+from lct_fast.engine.network.group import exit_module
+from lct_fast.engine.network.split import _partition
 
 
 class Block(nn.Module):
@@ -126,7 +126,7 @@ def test_balance_follows_the_measured_times(monkeypatch: pytest.MonkeyPatch) -> 
         )
         return seconds, module(x).detach()
 
-    monkeypatch.setattr(sys.modules["lct_fast.engine.split"], "_time", by_parameters)
+    monkeypatch.setattr(sys.modules["lct_fast.engine.network.split"], "_time", by_parameters)
     model = nn.Sequential(*(Block(8) for _ in range(8)), nn.Flatten(), nn.Linear(8 * 64, 1))
     groups = lct.split(model, 4, torch.randn(8, 8, 8, 8))
     assert [g.units[0] for g in groups] == ["0", "2", "4", "6"]

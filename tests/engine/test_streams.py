@@ -14,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lct_fast as lct
 from lct_fast.codecs import vector_quantization
-from lct_fast.engine import batch_check, checkpoint, gate, ring, ticks
-from lct_fast.engine.gate import Gate
-from lct_fast.engine.graphs import WARM_UP, eager_lines, why_eager
-from lct_fast.engine.ticks import Ticks
+from lct_fast.engine import batch_check, checkpoint
+from lct_fast.engine.cuda import gate, ring
+from lct_fast.engine.cuda.gate import Gate
+from lct_fast.engine.schedules import ticks
+from lct_fast.engine.schedules.graphs import WARM_UP, eager_lines, why_eager
+from lct_fast.engine.schedules.ticks import Ticks
 from tests.engine import nets
 from tests.engine.fake_device import Disorder, FakeDevice, FakeGraph, FakeLate, Machine
 from tests.engine.pipelined_cases import Case

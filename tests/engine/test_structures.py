@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import lct_fast as lct
-from lct_fast.engine.exits import Progressive, collect, progressive
-from lct_fast.engine.structures import Structure, latency, progressive_macs, smallest, structures
+from lct_fast.engine.network.exits import Progressive, collect, progressive
+from lct_fast.engine.network.structures import Structure, latency, progressive_macs, smallest, structures
 
 FOUND = [
     Structure(1, 0.80, 10, 100, (0.0, 0.0, 0.0)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lct_fast as lct
-from lct_fast.engine.group import OutputHead
+from lct_fast.engine.network.group import OutputHead
 from lct_fast.methods import Objective, SampleState
 
 KINDS = ("penalty", "augmented_lagrangian")

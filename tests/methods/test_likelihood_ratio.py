@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lct_fast as lct
-from lct_fast.engine.group import OutputHead
+from lct_fast.engine.network.group import OutputHead
 from lct_fast.methods import Objective
 from lct_fast.methods.likelihood_ratio_noise import EvenNoise, RandomNoise
 from lct_fast.methods.likelihood_ratio_sites import LogitSite, parametric

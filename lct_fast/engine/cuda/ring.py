@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lct_fast.codecs import dense
-from lct_fast.engine.streams import Device, Event, Stream
+from lct_fast.engine.cuda.streams import Device, Event, Stream
 
 
 @dataclass(slots=True)

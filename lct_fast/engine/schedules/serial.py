@@ -138,7 +138,7 @@ class SerialSteps:
         known = torch.full((len(self.workers),), float("nan"), device=self.workers[0].device)
         known[-1] = loss
         sent = sum(w.meter.serial_bytes for w in self.workers) - sent
-        return Stats(batch, known, sent, max(len(w.pending) for w in self.workers))
+        return Stats(batch, known, sent, max(len(w.feedback.pending) for w in self.workers))
 
 
 def back_propagate(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lct_fast.engine.paced_group import PacedGroup
-from lct_fast.engine.schedules import Async
+from lct_fast.engine.schedules.paced_group import PacedGroup
+from lct_fast.engine.schedules.schedule import Async
+from lct_fast.engine.schedules.turns import Turns
 from lct_fast.engine.stats import Stats
-from lct_fast.engine.turns import Turns
 from lct_fast.engine.worker import Worker, learning_rate
 
 # A learning rate that falls to this part of itself or below in one update has dropped.

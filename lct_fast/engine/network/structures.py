@@ -10,8 +10,8 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor, nn
 
-from lct_fast.engine.exits import Progressive, accuracy
-from lct_fast.engine.group import Group, exit_module, parameter_count
+from lct_fast.engine.network.exits import Progressive, accuracy
+from lct_fast.engine.network.group import Group, exit_module, parameter_count
 from lct_fast.models.macs import macs
 
 # Seconds that one exit is timed for, and calls at the least.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lct_fast.codecs import Encoded
-from lct_fast.engine.replay import ReplayBuffer, ReplaySlot
-from lct_fast.engine.schedules import Async
-from lct_fast.engine.turns import Turns
+from lct_fast.engine.schedules.schedule import Async
+from lct_fast.engine.schedules.turns import Turns
+from lct_fast.engine.storage.replay import ReplayBuffer, ReplaySlot
 from lct_fast.engine.worker import Worker
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor, fx, nn
 
 from lct_fast.critics import Critic
-from lct_fast.engine.fused import FusedLayers, fuse
-from lct_fast.engine.graph import used_by
+from lct_fast.engine.network.fused import FusedLayers, fuse
+from lct_fast.engine.network.graph import used_by
 
 
 class OutputHead(Critic):

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lct_fast.codecs import Encoded, Layout
-from lct_fast.engine import carried
+from lct_fast.engine.cuda.streams import Device, Graph, Stream
 from lct_fast.engine.errors import first_line
-from lct_fast.engine.streams import Device, Graph, Stream
+from lct_fast.engine.network import carried
 from lct_fast.engine.worker import Worker
 from lct_fast.methods import LocalStep
 
@@ -237,7 +237,7 @@ class GroupGraphs:
         if self._critic_steps < WARM_UP:
             self._critic_steps += 1
             return False
-        slot, pending = self._slots.get(due[0] % self.depth), worker.pending[0]
+        slot, pending = self._slots.get(due[0] % self.depth), worker.feedback.pending[0]
         if slot is None or slot.work.result.slot is not pending.slot:
             return False
         if slot.critic is None:
@@ -246,7 +246,7 @@ class GroupGraphs:
 
     def critic(self) -> None:
         """Starts the critic's update from the oldest batch that waits for it."""
-        pending = self.worker.pending.popleft()
+        pending = self.worker.feedback.pending.popleft()
         slot = self._slots[pending.batch % self.depth]
         assert slot.critic is not None and pending.next_loss is not None, "critic_ready has said so"
         self.worker.meter.feedback_bytes += pending.next_loss.nbytes

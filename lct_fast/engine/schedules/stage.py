@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from lct_fast.codecs import Codec, CodecError, Encoded, Identity, dense
-from lct_fast.engine import packet as wire
 from lct_fast.engine.errors import PacketError
-from lct_fast.engine.exits import Evaluation, summed
-from lct_fast.engine.link import Inbox, Outbox
-from lct_fast.engine.packet import Kind, Packet
-from lct_fast.engine.ranks import ProcessTransport, Ranks
-from lct_fast.engine.replicas import COMPARE_EVERY
-from lct_fast.engine.serial import count_step
-from lct_fast.engine.serial_stage import SerialStage
+from lct_fast.engine.network.exits import Evaluation, summed
+from lct_fast.engine.schedules.serial import count_step
+from lct_fast.engine.schedules.serial_stage import SerialStage
 from lct_fast.engine.stats import Event, Mark, Stats
+from lct_fast.engine.transport import packet as wire
+from lct_fast.engine.transport.link import Inbox, Outbox
+from lct_fast.engine.transport.packet import Kind, Packet
+from lct_fast.engine.transport.ranks import ProcessTransport, Ranks
+from lct_fast.engine.transport.replicas import COMPARE_EVERY
 from lct_fast.engine.worker import Worker
 
 # Slots at each end of a link: one in use, one that fills or empties meanwhile.
@@ -203,7 +203,7 @@ class Stage:
             assert self.owing is not None
             feedback = dense(result.feedback)
             self.owing.put(Packet(Kind.FEEDBACK, batch, [feedback]))
-            worker.owe(batch, feedback)
+            worker.feedback.owe(batch, feedback)
         # The slot is free from here: nothing below reads the input.
         if self.inbox is not None:
             self.inbox.release()
@@ -215,7 +215,7 @@ class Stage:
         if self.batch % COMPARE_EVERY == 0:
             worker.compare_codebooks()
         meter.end()
-        return Stats(batch, losses, sent, len(worker.pending))
+        return Stats(batch, losses, sent, len(worker.feedback.pending))
 
     def _serial_step(self, serial: SerialStage, x: Tensor | None, example: Tensor, target: Tensor) -> Stats:
         """A step with all other processes at once.
@@ -239,7 +239,7 @@ class Stage:
         losses = torch.full((self.ranks.size,), float("nan"), device=worker.device)
         if loss is not None:
             losses[-1] = loss
-        return Stats(batch, losses, sent, len(worker.pending))
+        return Stats(batch, losses, sent, len(worker.feedback.pending))
 
     def _serial_stage(self) -> SerialStage:
         if self.serial is None:
@@ -286,7 +286,7 @@ class Stage:
     def _take_feedback(self, through: int) -> None:
         """Waits for the feedback that is due; what came early stays in its slot."""
         worker = self.worker
-        for batch in worker.awaited(through):
+        for batch in worker.feedback.awaited(through):
             assert self.feedback is not None
             with worker.meter.span("wait for feedback"):
                 packet = self.feedback.get()
@@ -294,7 +294,7 @@ class Stage:
                 raise PacketError(
                     f"feedback: expected that of batch {batch}, got {packet.kind.name} {packet.batch}"
                 )
-            worker.receive_feedback(batch, packet.tensors[0].clone())
+            worker.feedback.receive(batch, packet.tensors[0].clone())
             self.feedback.release()
 
     def _no_scores(self, device: torch.device) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lct_fast.engine import carried
-from lct_fast.engine.group import Group
+from lct_fast.engine.network import carried
+from lct_fast.engine.network.group import Group
 from lct_fast.methods import Objective
 from lct_fast.methods.objective import flat
 

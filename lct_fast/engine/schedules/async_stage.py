@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lct_fast.codecs import CodecError, Encoded
 from lct_fast.engine.errors import PacketError
-from lct_fast.engine.intake import Intake
-from lct_fast.engine.paced_group import PacedGroup
-from lct_fast.engine.packet import Kind, Packet
-from lct_fast.engine.ranks import Ranks
-from lct_fast.engine.schedules import Async
-from lct_fast.engine.stage import Stage
+from lct_fast.engine.schedules.intake import Intake
+from lct_fast.engine.schedules.paced_group import PacedGroup
+from lct_fast.engine.schedules.schedule import Async
+from lct_fast.engine.schedules.stage import Stage
 from lct_fast.engine.stats import Event, Stats
+from lct_fast.engine.transport.packet import Kind, Packet
+from lct_fast.engine.transport.ranks import Ranks
 from lct_fast.engine.worker import Worker
 
 

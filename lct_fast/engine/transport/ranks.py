@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from lct_fast.engine import heartbeat
-from lct_fast.engine.heartbeat import Heartbeat
-from lct_fast.engine.replicas import Replicas
+from lct_fast.engine.transport import heartbeat
+from lct_fast.engine.transport.heartbeat import Heartbeat
+from lct_fast.engine.transport.replicas import Replicas
 
 # A link may be idle for as long as it likes, in a long evaluation for example: the heartbeat ends what must end.
 _IDLE = timedelta(days=30)

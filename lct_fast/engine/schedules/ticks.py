@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lct_fast.codecs import Layout
-from lct_fast.engine import streams
-from lct_fast.engine.graphs import GroupGraphs, Inputs, Work, train_work, why_eager
-from lct_fast.engine.ring import Ring
-from lct_fast.engine.serial import SerialSteps
-from lct_fast.engine.stage import DEPTH
+from lct_fast.engine.cuda import streams
+from lct_fast.engine.cuda.ring import Ring
+from lct_fast.engine.cuda.streams import Device, Stream
+from lct_fast.engine.schedules.graphs import GroupGraphs, Inputs, Work, train_work, why_eager
+from lct_fast.engine.schedules.serial import SerialSteps
+from lct_fast.engine.schedules.stage import DEPTH
 from lct_fast.engine.stats import Stats
-from lct_fast.engine.streams import Device, Stream
 from lct_fast.engine.worker import Worker, check_flags
 
 
@@ -209,15 +209,15 @@ class Ticks:
         self.waiting[k + 1] = _Cargo(cargo.batch, cargo.refusable, coded.layout, coded.version, cargo.samples)
 
     def _give_back(self, k: int, batch: int, feedback: Tensor) -> None:
-        self.workers[k].owe(batch, feedback)
+        self.workers[k].feedback.owe(batch, feedback)
         (arriving,) = self.backward[k - 1].send(batch, [feedback], self.streams[k])
-        self.workers[k - 1].receive_feedback(batch, arriving)
+        self.workers[k - 1].feedback.receive(batch, arriving)
 
     def _learn(self, k: int, batch: int) -> None:
         """The critic's update. Its stream waits for feedback only now, when it is due."""
         worker, stream = self.workers[k], self.streams[k]
         ring = self.backward[k] if k < len(self.backward) else None
-        due = [p.batch for p in worker.pending if p.batch <= batch - worker.settings.feedback_delay]
+        due = [p.batch for p in worker.feedback.pending if p.batch <= batch - worker.settings.feedback_delay]
         for each in due:
             assert ring is not None, "who keeps slots has a group behind it"
             ring.receive(each, stream)

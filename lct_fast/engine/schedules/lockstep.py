@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lct_fast.engine.behind import Behind
-from lct_fast.engine.serial import SerialSteps
+from lct_fast.engine.schedules.behind import Behind
+from lct_fast.engine.schedules.serial import SerialSteps
+from lct_fast.engine.schedules.true_gradient import take_true_gradient
 from lct_fast.engine.stats import Stats
-from lct_fast.engine.true_gradient import take_true_gradient
 from lct_fast.engine.worker import Worker, check_flags
 
 
@@ -58,7 +58,7 @@ class Lockstep:
             worker.learn(batch)
         sent += sum(w.meter.wire_bytes for w in self.workers)
         self.batch += 1
-        return Stats(batch, torch.stack(losses), sent, max(len(w.pending) for w in self.workers))
+        return Stats(batch, torch.stack(losses), sent, max(len(w.feedback.pending) for w in self.workers))
 
     def _give_back(self, batch: int, answers: list[Tensor]) -> None:
         """Each group that learns from what another answers gets it."""
@@ -66,8 +66,8 @@ class Lockstep:
             if worker.owes(batch):
                 before = self.workers[k - 1]
                 answer = answers[-1 if worker.settings.method.feedback_from_last else k].detach()
-                before.receive_feedback(batch, answer.to(before.device))
-                worker.owe(batch, answer)
+                before.feedback.receive(batch, answer.to(before.device))
+                worker.feedback.owe(batch, answer)
 
     def drain(self) -> list[Stats]:
         """Batches on their way: none, ever."""

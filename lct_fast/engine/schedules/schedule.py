@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from lct_fast.engine.hybrid import Hybrid
-from lct_fast.engine.replay import ReplayBuffer
-from lct_fast.engine.stage import DEPTH
+from lct_fast.engine.schedules.stage import DEPTH
+from lct_fast.engine.storage.replay import ReplayBuffer
 from lct_fast.methods import Greedy, Method
 
 SCHEDULES = ("lockstep", "pipelined", "async")

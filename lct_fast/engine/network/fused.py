@@ -12,7 +12,7 @@ from lct_fast.critics import Critic
 from lct_fast.critics.linear import LinearCritic
 from lct_fast.critics.linear_logits import LinearLogits
 from lct_fast.critics.norm_relu_pool import NormReluPool, observed
-from lct_fast.engine.graph import used_by
+from lct_fast.engine.network.graph import used_by
 
 _TAIL = "tail"
 _RELU = (F.relu, torch.relu, torch.relu_)

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lct_fast.engine import packet as wire
 from lct_fast.engine.errors import PeerError, first_line
-from lct_fast.engine.heartbeat import Heartbeat
 from lct_fast.engine.meter import Event, GroupMeter
-from lct_fast.engine.packet import Kind, Packet
+from lct_fast.engine.transport import packet as wire
+from lct_fast.engine.transport.heartbeat import Heartbeat
+from lct_fast.engine.transport.packet import Kind, Packet
 
 # Seconds after which who waits says so.
 TURN = 0.1

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from lct_fast import critics as critic_registry
 from lct_fast.critics import Critic
-from lct_fast.engine.group import Cut, Group, build_module, make_groups
+from lct_fast.engine.network.group import Cut, Group, build_module, make_groups
 
 # A critic's spec, or a function of (the group's output shape without the batch, classes) that makes one.
 CriticSpec = str | Callable[[tuple[int, ...], int], Critic]

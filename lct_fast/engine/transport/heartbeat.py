@@ -25,7 +25,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from lct_fast.engine.errors import PeerError, first_line
-from lct_fast.engine.watch import Beat, Phase, Report, Watch, root_cause
+from lct_fast.engine.transport.watch import Beat, Phase, Report, Watch, root_cause
 
 # Seconds: between two looks at most; with trouble about; for a lost rank to tell its own reason; for the training loop
 # to end on its own. Those of SIGTERM stay far below the 30 s after which torchrun kills.

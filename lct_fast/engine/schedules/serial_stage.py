@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lct_fast.engine.errors import first_line
 from lct_fast.engine.hybrid import Hybrid
-from lct_fast.engine.ranks import Ranks
-from lct_fast.engine.serial import Part, SerialLoss, check_finite, names_group
+from lct_fast.engine.schedules.serial import Part, SerialLoss, check_finite, names_group
+from lct_fast.engine.transport.ranks import Ranks
 from lct_fast.engine.worker import Worker
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from lct_fast.engine.link import TURN, Inbox
-from lct_fast.engine.packet import Kind, Packet
-from lct_fast.engine.replay import ReplaySlot
+from lct_fast.engine.storage.replay import ReplaySlot
+from lct_fast.engine.transport.link import TURN, Inbox
+from lct_fast.engine.transport.packet import Kind, Packet
 
 
 class Intake:

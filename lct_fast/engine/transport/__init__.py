@@ -1,0 +1,1 @@
+"""What runs between processes: packets, links, ranks, replicas and heartbeats."""
