@@ -42,12 +42,9 @@ BITS = {
 MIXED = "vq:256,4 vq:128,4 vq:128,4"
 # The same error at each cut, about, where vectors are patches as long as these say more than channels do.
 PATCHES = "vq:128,4,2 vq:256,4,2 vq:256,4"
-# Fewer bits where there are many values, more where there are few: the sum of the cuts' errors is smaller.
-UNEVEN = "vq:1024,8,2 vq:1024,4,2 vq:1024,4"
 CIFAR10_BITS = BITS | {
     MIXED: (4 * 2.0 + 3 * 1.75) / 7,
     PATCHES: (4 * 1.75 + 3 * 2.0) / 7,
-    UNEVEN: (4 * 1.25 + 3 * 2.5) / 7,
 }
 
 
