@@ -118,11 +118,10 @@ class VectorQuantization(Codec):
         assert self.codebook is not None and self.averages is not None
         assert self.sent is not None and self.rounding is not None
         coded = self._coded(x, self.sent, _CANDIDATES)
-        share = len(x) * self.replicas.count / self.codewords
-        unused = _UNUSED * share
-        fastest, slowest = _DECAYS
+        vectors = len(x) * self.replicas.count
+        unused = _UNUSED * vectors / self.codewords
         # An average over few batches at first, when activations change most.
-        decay = min(max(1 - share / _VECTORS, fastest), slowest, 1 - 1 / (self.batches + 2))
+        decay = min(self.decay(vectors), 1 - 1 / (self.batches + 2))
         self.batches += 1
         self.chosen = coded.counts.clone() if self.chosen is None else self.chosen.add_(coded.counts)
         self.chosen_batches += 1
@@ -229,6 +228,11 @@ class VectorQuantization(Codec):
 
     def shared(self) -> tuple[Tensor, ...]:
         return () if self.codebook is None or self.sent is None else (self.codebook, self.sent)
+
+    def decay(self, vectors: int) -> float:
+        """Of the averages, with so many vectors a batch in each group."""
+        fastest, slowest = _DECAYS
+        return min(max(1 - vectors / (_VECTORS * self.codewords), fastest), slowest)
 
     def _channels(self, layout: Layout) -> int:
         """Values in a row of what is coded."""
