@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.tables import (
     accuracy,
     asynchrony,
+    codebooks,
     critics,
     drills,
     files,
@@ -31,6 +32,7 @@ TABLES: dict[str, Maker] = {
     **accuracy.TABLES,
     **pipeline.TABLES,
     **wire.TABLES,
+    **codebooks.TABLES,
     **ops.TABLES,
     **roofline.TABLES,
     **scaling.TABLES,
