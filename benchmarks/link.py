@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pipeline import ENVIRONMENT, TINY_WIDTHS
+from benchmarks.pipeline.command import ENVIRONMENT, TINY_WIDTHS
 
 CODECS = ("none", "bf16", "int8", "int4", "vq:256,8", "auto")
 # Steps before those that are timed: the pipeline and the link's slots fill.
@@ -35,9 +35,9 @@ def work(rank: int, folder: str, samples: int, steps: int, tiny: bool) -> None:
     import torch
     import torch.distributed as dist
 
-    from benchmarks.pipeline_local import Decoupled
-    from benchmarks.pipeline_model import POOLED, Task
-    from benchmarks.pipeline_rivals import Setting
+    from benchmarks.pipeline.local import Decoupled
+    from benchmarks.pipeline.model import POOLED, Task
+    from benchmarks.pipeline.rivals import Setting
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)

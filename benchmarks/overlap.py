@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import lct_fast as lct
-from benchmarks.sections import write
+from benchmarks.gpu.sections import write
 from lct_fast.bench.machine import commit, versions
 from lct_fast.engine.cuda import streams
 from lct_fast.engine.schedules.graphs import eager_lines

@@ -145,7 +145,7 @@ def test_options_exist(page: str) -> None:
     known = {option for parser in _parsers().values() for option in parser._option_string_actions}
     if page == "docs/gpu.md":
         # A page about another command.
-        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks/gpu.py").read_text()))
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks/gpu/command.py").read_text()))
     for line in _code_lines(page):
         # Benchmarks have options of their own; a path may hold two dashes.
         if "-m benchmarks" not in line and "pip " not in line:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_bench
-from benchmarks.sections import CUT, Context, SectionFailed
+from benchmarks.gpu import bench as gpu_bench
+from benchmarks.gpu.sections import CUT, Context, SectionFailed
 from tests.gpu_helpers import Clock
 
 

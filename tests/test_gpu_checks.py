@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_checks
-from benchmarks.gpu_host import environ
-from benchmarks.sections import CUT, Context, SectionFailed
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu.host import environ
+from benchmarks.gpu.sections import CUT, Context, SectionFailed
 from tests.gpu_helpers import Clock
 
 ROOT = Path(__file__).parents[1]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_cifar10
-from benchmarks.gpu_cifar10 import METHODS, cifar10, no_data, plan, wrong_data
-from benchmarks.sections import CUT, Context, SectionFailed
+from benchmarks.gpu import cifar10 as gpu_cifar10
+from benchmarks.gpu.cifar10 import METHODS, cifar10, no_data, plan, wrong_data
+from benchmarks.gpu.sections import CUT, Context, SectionFailed
 from lct_fast.cli.config import resolve
 from tests.gpu_helpers import Clock
 

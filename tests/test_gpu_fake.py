@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, gpu_table
+from benchmarks.gpu import command as gpu
+from benchmarks.gpu import table as gpu_table
 from tests.gpu_helpers import runs
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, sections
-from benchmarks.gpu_host import sources
-from benchmarks.sections import CUT, Context, Section, SectionFailed, call, run_sections
+from benchmarks.gpu import command as gpu
+from benchmarks.gpu import sections
+from benchmarks.gpu.host import sources
+from benchmarks.gpu.sections import CUT, Context, Section, SectionFailed, call, run_sections
 from lct_fast.bench.cases import by_stem
 from tests.conftest import pytest_collection_modifyitems
 from tests.gpu_helpers import Clock, runs

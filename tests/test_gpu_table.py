@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, gpu_table
-from benchmarks.gpu_table import NONE, tables
+from benchmarks.gpu import command as gpu
+from benchmarks.gpu import table as gpu_table
+from benchmarks.gpu.table import NONE, tables
 
 FACTS = {"device": "some device", "torch": "1", "triton": "2", "cuda": "3", "python": "4", "commit": None}
 

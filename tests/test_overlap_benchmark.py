@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_bench, overlap
+from benchmarks import overlap
+from benchmarks.gpu import bench as gpu_bench
+from benchmarks.gpu.sections import CUT, Context, SectionFailed
 from benchmarks.overlap import TRIAL as SMALL
 from benchmarks.overlap import Task
-from benchmarks.sections import CUT, Context, SectionFailed
 from lct_fast.engine.cuda import streams
 
 

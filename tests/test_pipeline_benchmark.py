@@ -11,11 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import pipeline, pipeline_balance, pipeline_check, pipeline_report, pipeline_rounds
-from benchmarks.pipeline_balance import Balance
-from benchmarks.pipeline_local import Ceiling
-from benchmarks.pipeline_model import CODEC, CONV, POOLED, Task, halves, small_cnn
-from benchmarks.pipeline_rivals import Backprop, Setting, TwoThreads
+from benchmarks.pipeline import balance as pipeline_balance
+from benchmarks.pipeline import check as pipeline_check
+from benchmarks.pipeline import command as pipeline
+from benchmarks.pipeline import report as pipeline_report
+from benchmarks.pipeline import rounds as pipeline_rounds
+from benchmarks.pipeline.balance import Balance
+from benchmarks.pipeline.local import Ceiling
+from benchmarks.pipeline.model import CODEC, CONV, POOLED, Task, halves, small_cnn
+from benchmarks.pipeline.rivals import Backprop, Setting, TwoThreads
 
 ROOT = Path(__file__).parents[1]
 TASK = Task(widths=pipeline.TINY_WIDTHS, batch=8, batches=2)

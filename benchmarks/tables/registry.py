@@ -49,7 +49,7 @@ PLOTS: Mapping[str, Maker] = plots.PLOTS
 
 def _gpu(folder: Path) -> Mapping[str, str]:
     # Needs torch, which the other tables do not.
-    from benchmarks import gpu_table
+    from benchmarks.gpu import table as gpu_table
 
     return gpu_table.tables(folder)
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.gpu_host import ROOT, environ, last_line, tool
-from benchmarks.sections import CUT, Context, SectionFailed, call
+from benchmarks.gpu.host import ROOT, environ, last_line, tool
+from benchmarks.gpu.sections import CUT, Context, SectionFailed, call
 from lct_fast.bench.cases import by_stem
 from lct_fast.bench.report import best_rival
 

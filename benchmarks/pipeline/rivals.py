@@ -10,7 +10,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.pipeline_model import Task, halves, in_format
+from benchmarks.pipeline.model import Task, halves, in_format
 
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
 # "loss" and the gradient of every parameter that this process holds, by the parameter's name.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import lct_fast as lct
-from benchmarks.pipeline_model import Task, in_format
-from benchmarks.pipeline_rivals import Contender, Outputs, Setting, gradients
+from benchmarks.pipeline.model import Task, in_format
+from benchmarks.pipeline.rivals import Contender, Outputs, Setting, gradients
 from lct_fast.codecs import Codec, Encoded
 from lct_fast.engine.meter import Tick
 from lct_fast.methods import Objective

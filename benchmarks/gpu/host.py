@@ -6,9 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from benchmarks.sections import Context
+from benchmarks.gpu.sections import Context
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA_BIN = Path("/usr/local/cuda/bin")
 # What a result depends on; folders of ROOT.
 SOURCES = ("lct_fast", "kernels", "csrc", "benchmarks", "tests")

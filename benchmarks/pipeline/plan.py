@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import pipeline_runtime
-from benchmarks.pipeline_gather import WORKERS, gathered
-from benchmarks.pipeline_local import METHODS
-from benchmarks.pipeline_model import POOLED, Task, in_format
-from benchmarks.pipeline_rivals import Contender, Setting
+from benchmarks.pipeline import runtime as pipeline_runtime
+from benchmarks.pipeline.gather import WORKERS, gathered
+from benchmarks.pipeline.local import METHODS
+from benchmarks.pipeline.model import POOLED, Task, in_format
+from benchmarks.pipeline.rivals import Contender, Setting
 from lct_fast.planner import decoupled, orders
 from lct_fast.planner.costs import GroupCost, Link
 from lct_fast.planner.measure import GroupTimer

@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,11 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from torch.multiprocessing.spawn import spawn
 
-    from benchmarks import pipeline_report as report
-    from benchmarks.pipeline_gather import WORKERS
-    from benchmarks.pipeline_model import Task
-    from benchmarks.pipeline_plan import with_predictions
-    from benchmarks.pipeline_rounds import Plan, work
+    from benchmarks.pipeline import report
+    from benchmarks.pipeline.gather import WORKERS
+    from benchmarks.pipeline.model import Task
+    from benchmarks.pipeline.plan import with_predictions
+    from benchmarks.pipeline.rounds import Plan, work
     from lct_fast.bench.machine import commit, cpu_model
 
     task = Task(widths=TINY_WIDTHS, batch=32) if args.tiny else Task()
@@ -137,7 +136,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"not quiet: other programs used {out['foreign_cpu_share']} of the machine")
     print("\n".join(found["failed_checks"]))
     return 1 if found["failed_checks"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_bench import bench, overlap
-from benchmarks.gpu_checks import build, correctness, environment, sanitizer
-from benchmarks.gpu_cifar10 import cifar10, no_data, wrong_data
-from benchmarks.gpu_host import sources
-from benchmarks.sections import Context, Section, end_commands, run_sections
+from benchmarks.gpu.bench import bench, overlap
+from benchmarks.gpu.checks import build, correctness, environment, sanitizer
+from benchmarks.gpu.cifar10 import cifar10, no_data, wrong_data
+from benchmarks.gpu.host import sources
+from benchmarks.gpu.sections import Context, Section, end_commands, run_sections
 from lct_fast.bench.cases import by_stem
 from lct_fast.bench.machine import commit, cpu_model, versions
 
@@ -144,7 +144,8 @@ def _stop(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """``main`` as a process of its own: a signal ends what it has started."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-    sys.exit(main())
+    return main()

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks import pipeline_balance, pipeline_plan
-from benchmarks.pipeline_check import Judge, merged
-from benchmarks.pipeline_gather import WORKERS, gathered
-from benchmarks.pipeline_local import Ceiling, Decoupled
-from benchmarks.pipeline_model import CODEC, CONV, FORMATS, POOLED, Task
-from benchmarks.pipeline_plan import COSTS, Costs
-from benchmarks.pipeline_rivals import Backprop, Contender, DataParallel, Pipeline, Setting, TwoThreads
+from benchmarks.pipeline import balance as pipeline_balance
+from benchmarks.pipeline import plan as pipeline_plan
+from benchmarks.pipeline.check import Judge, merged
+from benchmarks.pipeline.gather import WORKERS, gathered
+from benchmarks.pipeline.local import Ceiling, Decoupled
+from benchmarks.pipeline.model import CODEC, CONV, FORMATS, POOLED, Task
+from benchmarks.pipeline.plan import COSTS, Costs
+from benchmarks.pipeline.rivals import Backprop, Contender, DataParallel, Pipeline, Setting, TwoThreads
 from lct_fast.bench.machine import FOREIGN, busy_seconds
 from lct_fast.engine.trace import write_trace
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from benchmarks.pipeline_balance import Balance
-from benchmarks.pipeline_model import CODEC, CONV, POOLED
+from benchmarks.pipeline.balance import Balance
+from benchmarks.pipeline.model import CODEC, CONV, POOLED
 from lct_fast.bench.machine import FOREIGN
 from lct_fast.bench.sampling import percentiles
 from lct_fast.engine.meter import GroupMeter

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.pipeline_local import LocalGroup
-from benchmarks.pipeline_model import Task
-from benchmarks.pipeline_rivals import Setting
+from benchmarks.pipeline.local import LocalGroup
+from benchmarks.pipeline.model import Task
+from benchmarks.pipeline.rivals import Setting
 
 
 class Balance(NamedTuple):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import Run, command_of, result_of
-from benchmarks.gpu_host import ROOT, environ, last_line
-from benchmarks.sections import CUT, Context, SectionFailed, call
+from benchmarks.gpu.host import ROOT, environ, last_line
+from benchmarks.gpu.sections import CUT, Context, SectionFailed, call
 
 GROUPS = 4
 EPOCHS = (1, 5, 20, 60)

@@ -1,6 +1,6 @@
 """A record of `benchmarks.gpu` as Markdown tables.
 
-python -m benchmarks.gpu_table [DIR]
+python -m benchmarks.gpu.table [DIR]
 """
 
 import argparse
@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import SECTIONS, read_records
-from benchmarks.gpu_bench import best_rows
+from benchmarks.gpu.bench import best_rows
+from benchmarks.gpu.command import SECTIONS, read_records
 from lct_fast.bench.case import OURS
 from lct_fast.bench.report import best_rival
 
-RECORD = Path(__file__).parent / "results" / "gpu"
+RECORD = Path(__file__).parents[1] / "results" / "gpu"
 NONE = "not yet measured"
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -161,7 +161,7 @@ def _cell(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_table", description="Print a record's tables."
+        prog="python -m benchmarks.gpu.table", description="Print a record's tables."
     )
     parser.add_argument("folder", type=Path, nargs="?", default=RECORD, help="default benchmarks/results/gpu")
     try:

@@ -11,8 +11,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.pipeline_gather import gathered
-from benchmarks.pipeline_model import CLASSES, Task
+from benchmarks.pipeline.gather import gathered
+from benchmarks.pipeline.model import CLASSES, Task
 
 _STEPS = 12
 

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_host import ROOT, environ, last_line, say, tool
-from benchmarks.sections import CUT, Context, SectionFailed, call
+from benchmarks.gpu.host import ROOT, environ, last_line, say, tool
+from benchmarks.gpu.sections import CUT, Context, SectionFailed, call
 
 PACKAGES = (
     "torch", "triton", "numpy", "pytest", "pybind11", "ninja", "setuptools", "pip",

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.pipeline_local import METHODS
-from benchmarks.pipeline_model import Task, in_format
-from benchmarks.pipeline_rivals import Outputs, Setting, gradients
+from benchmarks.pipeline.local import METHODS
+from benchmarks.pipeline.model import Task, in_format
+from benchmarks.pipeline.rivals import Outputs, Setting, gradients
 
 # Of a loss: the network is continuous, so that rounding in another order moves it by a few eps.
 LOSS = 64 * torch.finfo(torch.float32).eps

@@ -1,0 +1,1 @@
+"""Decoupled groups beside back-propagation over pipelines, on two CPU processes."""
