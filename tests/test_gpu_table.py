@@ -121,7 +121,7 @@ def test_a_fake_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         tables(tmp_path)
     assert "build" in tables(tmp_path, allow_fake=True)["sections"]
     assert gpu_table.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("gpu_table: ")
+    assert capsys.readouterr().err.startswith("benchmarks.gpu.table: ")
 
 
 def test_the_committed_record_is_no_fake(capsys: pytest.CaptureFixture[str]) -> None:

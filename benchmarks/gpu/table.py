@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = tables(parser.parse_args(arguments).folder)
     except ValueError as error:
-        print(f"gpu_table: {error}", file=sys.stderr)
+        print(f"benchmarks.gpu.table: {error}", file=sys.stderr)
         return 2
     print("\n\n".join(f"{name}:\n\n{text}" for name, text in found.items()))
     return 0

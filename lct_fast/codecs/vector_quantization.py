@@ -15,7 +15,7 @@ from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout, laid_out
 from lct_fast.codecs.late import Late
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# A word is an average over at least about this many vectors, and over 2 to 100 batches.
+# A word averages over about this many vectors, where that is 2 to 100 batches.
 _VECTORS = 64
 _DECAYS = (0.5, 0.99)
 # Of a codebook that travels.
@@ -48,8 +48,9 @@ class VectorQuantization(Codec):
     the paper's 0.99: with enough vectors for every word an older one only holds the codebook back.
 
     Batches are coded with the codebook the consumer has. It gets a new one, as int8 with a scale for 64 values, when
-    the drift between the two, sum_k n_k |c_k - sent_k|^2, exceeds 5 % of the quantisation error, unless codebooks would
-    become more than a tenth of all bytes. The drift is read two batches late, so that no device is waited for.
+    the drift between the two, sum_k n_k |c_k - sent_k|^2 less what int8 takes away, exceeds 5 % of the quantisation
+    error, unless codebooks would become more than a tenth of all bytes. A word that was just given a vector of the
+    batch counts in it as an average one. The drift is read two batches late, so that no device is waited for.
 
     Over replicas counts, sums and errors are those of the whole batch and candidates the first replica's, so that all
     keep the same codebooks.
@@ -129,15 +130,15 @@ class VectorQuantization(Codec):
             self.codebook, self.averages, coded.counts, coded.sums, coded.candidates, decay, 1e-5, unused
         )
         # What int8 takes away, a new codebook would not bring back.
-        moved = ((self.codebook - self.sent).square().sum(2) - self.rounding).clamp_(min=0)
-        self.drifts.append(Late((self.averages.counts * moved).sum() / coded.squared_error))
+        moved = (self.codebook - self.sent).square().sum(2) - self.rounding
+        drift = (self.averages.counts * moved).sum().clamp_(min=0)
+        self.drifts.append(Late(drift / coded.squared_error))
         tensors: tuple[Tensor, ...] = (coded.codes,)
         self.code_bytes += coded.codes.nbytes
         if self._unsent:
             # Its values are those of int8 already, so these are exact.
-            travelling = ops.block_quantize(self.sent, _KIND, _BLOCK)
-            tensors = (coded.codes, *travelling)
-            self.codebook_bytes += sum(t.nbytes for t in travelling)
+            tensors = (coded.codes, *_packed(self.sent))
+            self.codebook_bytes += self._book_bytes()
             self._unsent = False
         return Encoded(tensors, Layout.of(h), self.version)
 
@@ -173,7 +174,7 @@ class VectorQuantization(Codec):
         channels = self._channels(layout)
         dtype = layout.dtype if layout.dtype in _FLOATS else torch.float32
         try:
-            words = _words(known[0], known[1], channels // self.depth, self.codewords, self.depth)
+            words = _words(known[0], known[1], self.codewords, self.depth)
             x = ops.vq_decode(codes, words, layout.size // channels, dtype)
         except (ValueError, TypeError) as error:
             raise CodecError(f"{self.name}: {error}") from None
@@ -219,8 +220,6 @@ class VectorQuantization(Codec):
 
         self.codebook, self.sent, self.rounding = place("codebook"), place("sent"), place("rounding")
         self.known = tuple(t for t in map(place, _KNOWN) if t is not None)
-        if len(self.known) not in (0, len(_KNOWN)):
-            raise CodecError(f"{self.name}: its codebook is of an earlier lct_fast; start the run anew")
         # Checkpoints from before it was counted lack it.
         self.chosen, self.chosen_batches = place("chosen"), state.get("chosen_batches", 0)
         counts, sums = place("counts"), place("sums")
@@ -274,10 +273,14 @@ class VectorQuantization(Codec):
             )
         self._renew()
 
+    def _book_bytes(self) -> int:
+        """Of a codebook that travels: its values, and two for each scale."""
+        assert self.codebook is not None
+        return self.codebook.numel() + 2 * -(-self.codebook.numel() // _BLOCK)
+
     def _renew(self) -> None:
         assert self.codebook is not None
-        groups, words, depth = self.codebook.shape
-        self.sent = _words(*ops.block_quantize(self.codebook, _KIND, _BLOCK), groups, words, depth)
+        self.sent = _words(*_packed(self.codebook), self.codewords, self.depth)
         self.rounding = (self.codebook - self.sent).square().sum(2)
         self.version += 1
         self._unsent = True
@@ -286,8 +289,7 @@ class VectorQuantization(Codec):
         if len(self.drifts) < 2:
             return False
         drift = self.drifts.popleft().value()
-        assert self.codebook is not None
-        more = self.codebook_bytes + self.codebook.numel() * 2
+        more = self.codebook_bytes + self._book_bytes()
         # NaN, of an error of 0, is not above.
         if drift > _DRIFT and more <= _SHARE * (self.code_bytes + more):
             # What is on its way was measured against the old one.
@@ -296,10 +298,15 @@ class VectorQuantization(Codec):
         return False
 
 
-def _words(payload: Tensor, scales: Tensor, groups: int, codewords: int, depth: int) -> Tensor:
+def _packed(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """A codebook [G, K, D] as int8 with its scales, each of one column of words: columns may differ in size."""
+    return ops.block_quantize(codebook.transpose(1, 2).contiguous(), _KIND, _BLOCK)
+
+
+def _words(payload: Tensor, scales: Tensor, codewords: int, depth: int) -> Tensor:
     """The codebook [G, K, D] in fp32 that came as int8."""
-    flat = ops.block_dequantize(payload, scales, groups * codewords * depth, _KIND, _BLOCK)
-    return flat.view(groups, codewords, depth)
+    flat = ops.block_dequantize(payload, scales, payload.numel(), _KIND, _BLOCK)
+    return flat.view(-1, depth, codewords).transpose(1, 2).contiguous()
 
 
 def _rows(h: Tensor, patch: int) -> Tensor:

@@ -39,7 +39,7 @@ from lct_fast.engine.group_state import (
 from lct_fast.engine.trainer import Trainer
 from lct_fast.engine.worker import Worker
 
-FORMAT = 3
+FORMAT = 4
 # Seconds between two looks for what other processes write.
 _POLL = 0.02
 

@@ -83,19 +83,21 @@ def test_the_codebook_starts_and_moves_alike(
 
 
 def test_it_follows_the_whole_batch(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
-    unused: list[float] = []
+    settings: list[tuple[float, float]] = []
     update = ops.vq_update
 
     def watched(*args: Any) -> None:
-        unused.append(args[-1])
+        settings.append((args[5], args[-1]))
         update(*args)
 
     monkeypatch.setattr(vector_quantization.ops, "vq_update", watched)
 
     def begin(codec: codecs.Codec) -> None:
         assert isinstance(codec, VectorQuantization)
-        words = torch.rand(2, 8, 2, generator=torch.Generator().manual_seed(3))
-        codec.codebook, codec.averages = words.clone(), ops.vq_state(words, 64.0)
+        words = torch.randn(2, 128, 2, generator=torch.Generator().manual_seed(3))
+        # So often chosen that none is given another vector, which would be one of the first replica's.
+        codec.codebook, codec.averages = words.clone(), ops.vq_state(words, 1e6)
+        codec.batches = 1000
         codec._renew()
 
     def work(codec: codecs.Codec, replica: int) -> None:
@@ -103,17 +105,18 @@ def test_it_follows_the_whole_batch(monkeypatch: pytest.MonkeyPatch, threads: No
         for h in _batches():
             codec.encode(h.chunk(2)[replica])
 
-    whole = codecs.build("vq:8,2")
+    whole = codecs.build("vq:128,2")
     begin(whole)
     for h in _batches():
         whole.encode(h)
-    one, other = _in_two("vq:8,2", work)
+    one, other = _in_two("vq:128,2", work)
     for a, b, c in zip(one.shared(), other.shared(), whole.shared(), strict=True):
         assert torch.equal(a, b)
         # Sums over two halves in place of one pass.
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-4)
-    # A word is unused by its count over the whole batch.
-    assert len(unused) == 3 * len(_batches()) and len(set(unused)) == 1
+    # Averages are as long, and a word is unused, by its count over the whole batch.
+    assert len(settings) == 3 * len(_batches()) and len(set(settings)) == 1
+    assert 0.5 < settings[0][0] < 0.99
 
 
 def test_alone_nothing_is_shared() -> None:

@@ -148,7 +148,7 @@ def test_damage_and_foreign_checkpoints_are_refused_before_anything_changes(tmp_
     refused(target, "group-2.safetensors is missing")
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    refused(target, "expected checkpoint format 3, got 99")
+    refused(target, "expected checkpoint format 4, got 99")
     (path / "manifest.json").write_text('{"format": 1, ')
     refused(target, "manifest.json is damaged")
     (path / "manifest.json").unlink()

@@ -65,7 +65,7 @@ def test_a_float_survives_as_a_word(value: float) -> None:
         (5, -1, "packet size"),
         (5, 1 << 60, "packet size"),
         (5, 64, "needs 128 bytes, 64 are left"),
-        (6, 6, "packet tensors: expected 0..5, got 6"),
+        (6, 7, "packet tensors: expected 0..6, got 7"),
         (6, -1, "packet tensors"),
         (5, 65, "a multiple of 64, got 65"),
         (10, 2, "packet checked: expected 0 or 1, got 2"),
@@ -173,7 +173,7 @@ def test_what_cannot_travel_is_refused_before_it_does() -> None:
         ([torch.zeros(4, 4)[:, ::2]], "strides"),
         ([torch.zeros(3, dtype=torch.complex64)], "complex64"),
         ([torch.zeros(1, 1, 1, 1, 1, 1, 1)], "7 dimensions"),
-        ([torch.zeros(1)] * 6, "at most 5 tensors, got 6"),
+        ([torch.zeros(1)] * 7, "at most 6 tensors, got 7"),
     ]:
         with pytest.raises(PacketError, match=message):
             packet.write(Packet(Kind.TRAIN, 0, tensors), header, body)

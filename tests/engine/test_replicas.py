@@ -77,9 +77,9 @@ class Case:
 
 def _give_words(codec: VectorQuantization) -> None:
     words = torch.rand(4, 8, 2, generator=torch.Generator().manual_seed(3))
-    codec.codebook, codec.sent = words.clone(), words.bfloat16().float()
-    codec.averages = lct.ops.vq_state(words, 64.0)
-    codec.version, codec._unsent = 1, True
+    # So often chosen that none is given another vector, which would be one of the first replica's.
+    codec.codebook, codec.averages = words.clone(), lct.ops.vq_state(words, 1e6)
+    codec._renew()
 
 
 # Rows do not depend on each other here, so a whole batch and its parts give the same up to the order of sums.

@@ -46,10 +46,10 @@ class Inputs:
     version: int = 0
     samples: Tensor | None = None
 
-    @property
-    def tensors(self) -> list[Tensor]:
+    def tensors(self, decoded: bool = False) -> list[Tensor]:
+        """What a graph reads; ``decoded``: all but h, which is decoded before it."""
         optional = (self.losses, self.refused)
-        return [self.target, *(t for t in optional if t is not None), *self.coded]
+        return [self.target, *(t for t in optional if t is not None), *(() if decoded else self.coded)]
 
 
 @dataclass(slots=True)
@@ -211,7 +211,8 @@ class GroupGraphs:
         if slot is None:
             return self._record(batch, inputs)
         # A batch of another size lies elsewhere.
-        found, recorded = inputs.tensors, slot.inputs.tensors
+        decoded = slot.h is not None
+        found, recorded = inputs.tensors(decoded), slot.inputs.tensors(decoded)
         same = all(a is b for a, b in zip(found, recorded, strict=False))
         return same and len(found) == len(recorded) and inputs.layout == slot.inputs.layout
 

@@ -34,8 +34,8 @@ from torch import Tensor
 from lct_fast.codecs import Encoded, Layout, dense
 from lct_fast.engine.errors import PacketError
 
-MAGIC = 0x6C63745F_0003
-MAX_TENSORS = 5
+MAGIC = 0x6C63745F_0004
+MAX_TENSORS = 6
 MAX_DIMENSIONS = 6
 MAX_BYTES = 1 << 40
 _PER_TENSOR = 2 + 2 * MAX_DIMENSIONS
