@@ -137,8 +137,8 @@ def test_the_delay_tells_lockstep_runs_apart() -> None:
     assert not nets.same(nets.state(one), nets.state(three))
 
 
-def _as_rank(groups: int) -> dict[str, Any]:
-    run = trainer("augmented_lagrangian", groups, schedule="pipelined")
+def _as_rank(groups: int, codec: str) -> dict[str, Any]:
+    run = trainer("augmented_lagrangian", groups, schedule="pipelined", codec=codec)
     losses: list[Tensor] = []
     middle: list[Any] = []
     if run.first:
@@ -158,10 +158,10 @@ def _as_rank(groups: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", [2, 3])
-def test_over_processes_is_lockstep_with_the_same_delay(groups: int) -> None:
-    ranks = run_processes(_as_rank, groups, groups)
-    run = trainer("augmented_lagrangian", groups)
+@pytest.mark.parametrize(("groups", "codec"), [(2, "none"), (3, "none"), (2, "vq:16,2")])
+def test_over_processes_is_lockstep_with_the_same_delay(groups: int, codec: str) -> None:
+    ranks = run_processes(_as_rank, groups, groups, codec)
+    run = trainer("augmented_lagrangian", groups, codec=codec)
     stats, middle = [], None
     for i, (x, y, s) in enumerate(stream()):
         stats.append(run.step(x, y, s))

@@ -315,6 +315,18 @@ def test_a_host_that_waits_is_found(machine: Callable[..., Machine]) -> None:
         train(trainer, under)
 
 
+def test_a_codebook_that_comes_along_does_not_end_a_graph(machine: Callable[..., Machine]) -> None:
+    """What the decoder reads before the graph may be more in one batch than in another."""
+    replays, books = [], []
+    for codec in ("none", "vq:16,2"):
+        under = machine()
+        trainer = on_machine(Case(lct.Greedy, options={"codec": codec}), 2, under, graphs=True)
+        train(trainer, under)
+        replays.append(under.replays)
+        books.append(getattr(trainer.workers[0].encoder, "version", 0))
+    assert books[1] > 1 and replays[0] == replays[1] > BATCHES
+
+
 def test_what_cannot_be_recorded_runs_eagerly_and_says_why(machine: Callable[..., Machine]) -> None:
     under, trainer = machine(), _asking(lct.Greedy())
     plain = _asking(lct.Greedy())
