@@ -246,6 +246,21 @@ def test_rounding_is_no_drift() -> None:
     assert torch.equal(codec.rounding, (codec.codebook - codec.sent).square().sum(2))
 
 
+def test_rounding_leaves_the_sum_of_drifts() -> None:
+    """Words that moved by chance against their rounding are not drift, though each of a half moved more."""
+    codec = codecs.VectorQuantization(4, 2)
+    x = torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
+    codec.encode(x)
+    assert codec.sent is not None
+    moved = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2**0.5, 0.0], [2**0.5, 0.0]])
+    # So often chosen that they stay where they are.
+    codec.codebook = codec.sent + moved
+    codec.averages, codec.rounding = ops.vq_state(codec.codebook, 1e9), torch.ones(1, 4)
+    codec.encode(x)
+    # In units of the batch's error: each half alone would be 5e8 vectors that moved by 1.
+    assert abs(codec.drifts[-1].value()) < 1e4
+
+
 def test_a_channel_far_from_0_costs_the_others_nothing() -> None:
     codec = codecs.build("vq:64,4")
     x = torch.randn(2048, 4, generator=torch.Generator().manual_seed(0))
