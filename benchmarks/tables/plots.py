@@ -38,15 +38,21 @@ def wire(results: Results) -> str:
     places = [_place(row) for row in rows]
     # A codec's name stands once, below its lowest point.
     lowest = {row["codec"]: _place(row) for row in sorted(rows, key=lambda row: -_place(row)[1])}
+    labels: dict[tuple[float, float], str] = {}
+    for codec, (fewer, points) in lowest.items():
+        # Where names would cross they stand together.
+        near = [at for at in labels if abs(at[0] / fewer - 1) < 0.02 and abs(at[1] - points) < 0.5]
+        at = near[0] if near else (fewer, points)
+        labels[at] = f"{labels[at]}, {codec}" if near else codec
     series = []
     for data, file, hollow in (("digits", "wire_digits", True), ("CIFAR-10", "wire_cifar10", False)):
         for method, colour in zip(METHODS, COLOURS, strict=False):
             rows = [row for row in coded(results, file) if row["method"] == method]
             if rows:
-                points = [_place(row) for row in rows]
-                names = [row["codec"] if lowest[row["codec"]] == _place(row) else "" for row in rows]
+                found = [_place(row) for row in rows]
+                names = [labels.pop(place, "") for place in found]
                 label = f"{data}, {method}"
-                series.append(Series(label, points, colour, line=False, hollow=hollow, names=names))
+                series.append(Series(label, found, colour, line=False, hollow=hollow, names=names))
     low = math.floor(min(points for _, points in places) / 5) * 5.0
     high = max(2.0, math.ceil(max(points for _, points in places)) + 1.0)
     left, right = min(b for b, _ in places) * 0.9, max(b for b, _ in places) * 1.2
