@@ -85,8 +85,8 @@ class VectorQuantization(Codec):
         # How often each word was chosen in the latest batches; what ``codebook_use`` tells, and begins anew.
         self.chosen: Tensor | None = None
         self.chosen_batches = 0
-        # Whether the consumer lacks the codebook that is in use; never between two calls of encode.
-        self._unsent = False
+        # The codebook in use as it travels, if the consumer lacks it; never between two calls of encode.
+        self._unsent: tuple[Tensor, ...] = ()
         # The consumer's, payload and scales as they came.
         self.known: tuple[Tensor, ...] = ()
         self.known_version = 0
@@ -136,10 +136,9 @@ class VectorQuantization(Codec):
         tensors: tuple[Tensor, ...] = (coded.codes,)
         self.code_bytes += coded.codes.nbytes
         if self._unsent:
-            # Its values are those of int8 already, so these are exact.
-            tensors = (coded.codes, *_packed(self.sent))
+            tensors = (coded.codes, *self._unsent)
             self.codebook_bytes += self._book_bytes()
-            self._unsent = False
+            self._unsent = ()
         return Encoded(tensors, Layout.of(h), self.version)
 
     def resolve(self, encoded: Encoded) -> Encoded:
@@ -280,10 +279,10 @@ class VectorQuantization(Codec):
 
     def _renew(self) -> None:
         assert self.codebook is not None
-        self.sent = _words(*_packed(self.codebook), self.codewords, self.depth)
+        self._unsent = _packed(self.codebook)
+        self.sent = _words(*self._unsent, self.codewords, self.depth)
         self.rounding = (self.codebook - self.sent).square().sum(2)
         self.version += 1
-        self._unsent = True
 
     def _due(self) -> bool:
         if len(self.drifts) < 2:
