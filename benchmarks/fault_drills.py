@@ -43,6 +43,8 @@ from lct_fast.bench.machine import commit, versions
 from lct_fast.engine import checkpoint
 
 KINDS = ("kill", "stop", "cut", "full", "flip", "damage")
+# On every cut; vq has state at both ends and codebooks in its packets.
+CODECS = ("none", "vq:64,4")
 # Batches of the run, and after how many of them a checkpoint is begun.
 STEPS, EVERY = 40, 4
 # torchrun waits 30 s for a stopped process; the rest is for telling why.
@@ -66,6 +68,7 @@ class Drill:
     delay: float
     how: str
     part: str
+    codec: str
 
     @staticmethod
     def draw(kind: str, seed: int) -> Drill:
@@ -78,7 +81,8 @@ class Drill:
         # A disk that fills after the last periodic checkpoint would be met by none.
         batch = chance.randint(0, STEPS - 2 * EVERY)
         part = chance.choice(("header", "body")) if sealed() else "header"
-        return Drill(kind, seed, size, rank, batch, chance.uniform(0, 0.03), chance.choice(ways), part)
+        delay, how, codec = chance.uniform(0, 0.03), chance.choice(ways), chance.choice(CODECS)
+        return Drill(kind, seed, size, rank, batch, delay, how, part, codec)
 
 
 class DrillError(Exception):
@@ -92,11 +96,11 @@ def torchrun(size: int, restarts: int, logs: Path, module: str, options: Sequenc
     return [*launcher, *logging, "-m", module, "train", *options]
 
 
-def undisturbed(size: int, folder: Path) -> Path:
+def undisturbed(size: int, codec: str, folder: Path) -> Path:
     """The run in lockstep, which all others must equal."""
-    run = folder / f"whole-{size}"
+    run = folder / f"whole-{size}-{CODECS.index(codec)}"
     if not (run / "summary.json").exists():
-        options = [*RUN, "--groups", str(size), "--schedule", "lockstep", "--out", str(run)]
+        options = [*RUN, "--groups", str(size), "--codec", codec, "--schedule", "lockstep", "--out", str(run)]
         _checked([sys.executable, "-m", "lct_fast", "train", *options], "the undisturbed run")
     return run
 
@@ -107,13 +111,14 @@ def meet(drill: Drill, folder: Path, step_timeout: float, wait: bool) -> dict[st
     Raises:
         DrillError: a check failed.
     """
-    whole = undisturbed(drill.size, folder)
+    whole = undisturbed(drill.size, drill.codec, folder)
     run = folder / f"{drill.kind}-{drill.seed}"
     logs, note = run.with_suffix(".logs"), run.with_suffix(".fault")
     kind = "kill" if drill.kind == "damage" else drill.kind
     fault = Fault(kind, drill.rank, drill.batch, drill.delay, drill.seed, str(note), drill.part)
     timeouts = ["--start-timeout", "300", "--step-timeout", str(step_timeout)]
-    options = [*RUN, "--groups", str(drill.size), "--schedule", "pipelined", *timeouts, "--out", str(run)]
+    options = [*RUN, "--groups", str(drill.size), "--codec", drill.codec, "--schedule", "pipelined"]
+    options += [*timeouts, "--out", str(run)]
     restarts = int(drill.how == "restart")
     command = torchrun(drill.size, restarts, logs, "benchmarks.drill_worker", options)
     environment = os.environ | {"LCT_DRILL": json.dumps(asdict(fault))}

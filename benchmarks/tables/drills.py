@@ -30,6 +30,7 @@ def words(results: Results) -> str:
     report = results("fault_drills")
     runs = report["drills"]
     passed = sum(run["passed"] for run in runs)
+    coded = [run["codec"] for run in runs if run.get("codec", "none") != "none"]
     sizes = sorted({run["size"] for run in runs})
     (timeout,) = {run["step_timeout"] for run in runs}
     last = max(kind["survivors_seconds_max"] for kind in report["kinds"].values())
@@ -38,6 +39,9 @@ def words(results: Results) -> str:
         f"Fault drills: {len(runs)} runs over {sizes[0]} to {sizes[-1]} processes, each with one fault at a "
         "random moment: "
         f"{', '.join(KINDS[kind] for kind in report['kinds'])}.",
+        f"{len(coded)} of them with {listed([f'`{codec}`' for codec in sorted(set(coded))])} on every cut."
+        if coded
+        else "",
         f"In {'all' if passed == len(runs) else passed} of them every survivor ended in time (the last "
         f"{last:.1f} s after "
         f"the fault, with a step timeout of {timeout:g} s) and named the right rank, and the run that went on "

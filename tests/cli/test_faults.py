@@ -71,9 +71,9 @@ def _stop_at(step: int, out: Path, *options: str) -> None:
 @pytest.mark.parametrize(
     "drill",
     [
-        Drill("kill", 0, 3, rank=1, batch=14, delay=0.01, how="restart", part="header"),
-        Drill("stop", 0, 2, rank=1, batch=9, delay=0.01, how="alone", part="header"),
-        Drill("full", 0, 2, rank=0, batch=9, delay=0.0, how="resume", part="header"),
+        Drill("kill", 0, 3, rank=1, batch=14, delay=0.01, how="restart", part="header", codec="none"),
+        Drill("stop", 0, 2, rank=1, batch=9, delay=0.01, how="alone", part="header", codec="vq:64,4"),
+        Drill("full", 0, 2, rank=0, batch=9, delay=0.0, how="resume", part="header", codec="vq:64,4"),
     ],
     ids=lambda d: d.kind,
 )

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from lct_fast import codecs
-from lct_fast.codecs import CodecError
+from lct_fast.codecs import CodecError, VectorQuantization
 from lct_fast.engine import PacketError
 from lct_fast.engine.transport import packet
 from lct_fast.engine.transport.packet import Kind, Packet
 
 SPECS = (
     *("none", "bf16", "fp8", "int8", "int4:32", "int2", "topk:4"),
-    *("vq:16,4", "vq:5,3", "downsample:2", "downsample:3+vq:16,4"),
+    *("vq:16,4", "vq:5,3", "vq:16,4,2", "downsample:2", "downsample:3+vq:16,4"),
 )
 ODD = (0, 1, -1, 2, 3, 7, 8, 63, 64, 255, 1 << 16, 1 << 31, 1 << 40, 1 << 62, -(1 << 62))
 
@@ -39,13 +39,17 @@ class Wire:
         self.number = packet.codec_number(spec)
         shape = (3, 15, 5, 4) if "5,3" in spec else (3, 8, 6, 4)
         self.shapes = [torch.randn(shape), torch.randn(shape).to(memory_format=torch.channels_last)]
-        if not spec.startswith("downsample"):
+        # Patches need feature maps too.
+        if not spec.startswith(("downsample", "vq:16,4,2")):
             self.shapes.append(torch.randn(16, shape[1]))
         for x in self.shapes:
             self.decoder.decode(self.encoder.encode(x))
 
     def packet(self, draw: random.Random) -> tuple[Tensor, Tensor]:
         x = draw.choice(self.shapes)
+        if isinstance(self.encoder, VectorQuantization) and draw.random() < 0.3:
+            # The packet carries a codebook.
+            self.encoder._renew()
         message = Packet(
             Kind.TRAIN,
             7,
