@@ -49,6 +49,10 @@ class Feedback:
                 return
         raise RuntimeError(f"group {self.group} keeps no slot for the feedback of batch {batch}")
 
+    def forget(self, batch: int) -> None:
+        """No feedback of ``batch`` will come: it was given up."""
+        self.pending = deque(p for p in self.pending if p.batch != batch)
+
     def take(self, through: int) -> Iterator[tuple[Slot, Tensor, int]]:
         """Slot, L_{k+1} [N] and number of each batch up to ``through``, oldest first; they are pending no more."""
         while self.pending and self.pending[0].batch <= through:

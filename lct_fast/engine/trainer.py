@@ -285,8 +285,8 @@ class Trainer:
 
         Raises:
             ValueError: shapes, labels or samples that do not fit.
-            NonFiniteError: NaN or Inf in the input or in a group's loss; that group is not updated. On a CUDA device
-                it comes two batches later, and tells which batch it was.
+            NonFiniteError: NaN or Inf in the input, in a group's loss or in its gradients; that group is not updated.
+                On a CUDA device it comes two batches later, and tells which batch it was.
             OutOfMemoryError: names the group.
             PeerError: another group's process has gone.
             CheckpointError: one begun earlier could not be written.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lct_fast.engine.cuda.gate import LATE, Gate, restore
 from lct_fast.engine.diagnosis import Diagnosis
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
 from lct_fast.engine.feedback import Feedback, Pending
+from lct_fast.engine.finite import all_finite
 from lct_fast.engine.meter import GroupMeter
 from lct_fast.engine.network import carried
 from lct_fast.engine.network.exits import score
@@ -107,9 +108,7 @@ class Worker:
         self.kept: Stateful | None = None
         self.store: SampleStore | Predictor | None = None
         self._behind: Callable[[Tensor, Tensor], Tensor] | None = None
-        # One replica alone must not leave out an update: with several the host looks, as it does for the CPU.
-        gated = device.type == "cuda" and self.replicas.count == 1
-        self.gate = Gate(index, device) if gated else None
+        self.gate = Gate(index, device, self.replicas.any) if device.type == "cuda" else None
         self.eager_because: str | None = None
         self._evaluating = False
 
@@ -235,7 +234,7 @@ class Worker:
         settings = self.settings
         self.group.train()
         version = h._version
-        buffers = [] if self.gate is None else [(b, b.clone()) for b in self.group.buffers()]
+        buffers = [(b, b.clone()) for b in self.group.buffers()]
         try:
             averaging = self.replicas.averaging(self._ends_update(batch))
             with averaging, self.random.active(), self.autocast():
@@ -264,13 +263,15 @@ class Worker:
                 f"group {self.index + 1} changed its input in place ({self.group.units[0]}): what crosses a cut is "
                 f"shared, use inplace=False in the first layer after it"
             )
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.gate is None:
-            self._check_finite(batch, result.loss)
+            for what, values in (("the loss", [result.loss]), ("a gradient", gradients)):
+                if not all_finite(values):
+                    self._leave_out(batch, what, buffers)
             return result
         if refused is not None:
             # So that every group behind, and the critic before, leaves the batch out.
             result.loss = result.loss.masked_fill(refused > 0, float("nan"))
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
         bad = self.gate.look(result.loss, gradients, refused)
         for buffer, before in buffers:
             restore(buffer, before, bad)
@@ -457,7 +458,7 @@ class Worker:
             return
         with self.meter.span("sample state"):
             found = self.settings.method.late_state(slot, next_loss)
-            if self.gate is None and not all(bool(torch.isfinite(t).all()) for t in found.values()):
+            if self.gate is None and not all_finite(found.values()):
                 raise NonFiniteError(
                     f"what group {self.index + 1} keeps for the samples of batch {batch} is NaN or Inf: lower "
                     f"the learning rate, beta or eta, and go on from the last checkpoint"
@@ -489,13 +490,15 @@ class Worker:
         autocast = self.settings.autocast
         return torch.autocast(self.device.type, autocast) if autocast else nullcontext()
 
-    def _check_finite(self, batch: int, loss: Tensor) -> None:
-        if not bool(torch.isfinite(loss).all()):
-            self.group.zero_grad()
-            raise NonFiniteError(
-                f"the loss of group {self.index + 1} at batch {batch} is NaN or Inf: the group was not updated; "
-                f"lower its learning rate and go on from the last checkpoint"
-            )
+    def _leave_out(self, batch: int, what: str, buffers: Sequence[tuple[Tensor, Tensor]]) -> NoReturn:
+        """Puts the group back to where it was before ``batch``, and says why."""
+        self.group.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        raise NonFiniteError(
+            f"{what} of group {self.index + 1} at batch {batch} is NaN or Inf: the group was not updated; "
+            f"lower its learning rate and go on from the last checkpoint"
+        )
 
 
 def check_flags(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lct_fast as lct
 from lct_fast.engine.cuda.gate import LATE, Gate
+from lct_fast.engine.finite import all_finite
 from lct_fast.engine.schedules.graphs import WARM_UP
 from tests.engine import nets, test_streams
 from tests.engine.fake_device import Machine
@@ -235,14 +236,32 @@ def test_a_sound_run_is_not_changed_by_the_gate() -> None:
     assert all(nets.same(a, b) for a, b in zip(states[:half], states[half:], strict=True))
 
 
-def test_on_the_host_the_error_comes_at_once() -> None:
-    trainer, data = build("sgd"), batches(BAD + 1)
+@pytest.mark.parametrize("backward", [False, True])
+def test_on_the_host_the_error_comes_at_once(backward: bool) -> None:
+    trainer, data = build("sgd", backward), batches(BAD + 2)
     for worker in trainer.workers:
         worker.gate = None
     for x, y in data[:BAD]:
         trainer.step(x, y)
-    with pytest.raises(lct.NonFiniteError, match=f"the loss of group 2 at batch {BAD} is NaN or Inf"):
+    before = all_of(trainer, 1)
+    what = "a gradient" if backward else "the loss"
+    with pytest.raises(lct.NonFiniteError, match=f"{what} of group 2 at batch {BAD} is NaN or Inf"):
         trainer.step(*data[BAD])
+    # Nor has batch norm seen it; and who leaves the batch out goes on.
+    assert equal(before, all_of(trainer, 1))
+    assert torch.isfinite(trainer.step(*data[BAD + 1]).losses).all()
+
+
+def test_the_host_finds_what_is_not_finite() -> None:
+    huge = torch.full((4,), 3e38)
+    assert all_finite([]) and all_finite([torch.ones(2), torch.ones((), dtype=torch.bfloat16)])
+    # The sum is Inf, the values are not.
+    assert all_finite([huge, torch.zeros(3)])
+    for bad in ("nan", "inf", "-inf"):
+        odd = torch.zeros(2, 3)
+        odd[1, 1] = float(bad)
+        assert not all_finite([torch.zeros(3), odd]) and not all_finite([huge, odd.bfloat16()])
+    assert not all_finite([torch.tensor([float("inf"), float("-inf")])])
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "pipelined"])

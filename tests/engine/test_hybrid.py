@@ -304,6 +304,19 @@ def test_nothing_is_updated_after_a_nan(schedule: str, threads: None) -> None:
     assert all(p.grad is None for p in after) and trainer.batch == 1
 
 
+def test_nothing_is_updated_after_a_gradient_that_is_not_finite(threads: None) -> None:
+    trainer = _trainer(lct.Greedy(), lct.Hybrid(0.5, block=1, microbatches=2))
+    trainer.batch = 1
+    # Group 3's weights alone: its input's gradient, and so those of the groups before it, stay finite.
+    next(trainer.groups[2].layers.parameters()).register_hook(lambda g: g / 0)
+    before = [p.detach().clone() for g in trainer.groups for p in g.parameters()]
+    with pytest.raises(lct.NonFiniteError, match=r"a gradient of group 3 at batch 1 \(a serial step\)"):
+        trainer.step(*nets.batches(1)[0])
+    after = [p for g in trainer.groups for p in g.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None for p in after) and trainer.batch == 1
+
+
 def test_a_loss_that_is_not_finite_names_the_last_group(threads: None) -> None:
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits, target, reduction="none") / 0
@@ -316,38 +329,38 @@ def test_a_loss_that_is_not_finite_names_the_last_group(threads: None) -> None:
 
 @pytest.mark.slow
 def test_every_process_hears_of_a_nan_and_of_a_lost_process(threads: None) -> None:
-    for nan, lost in run_processes(_fail, 2):
-        assert "the output of group 2 at batch 1 (a serial step) holds NaN or Inf" in nan
+    for output, gradient, lost in run_processes(_fail, 2):
+        assert "the output of group 2 at batch 1 (a serial step) holds NaN or Inf" in output
+        assert "a gradient of group 2 at batch 1 (a serial step) holds NaN or Inf" in gradient
         assert "lost" in lost or lost == "was lost"
 
 
-def _fail() -> tuple[str, str]:
+def _fail() -> list[str]:
     messages = []
     case = Case(lct.Greedy, hybrid=lct.Hybrid(0.5, block=1))
-    trainer = case.trainer(2, "pipelined")
-    if trainer.last:
-        next(trainer.groups[1].layers.parameters()).data.fill_(float("inf"))
+    for spoil in (lambda p: p.data.fill_(float("inf")), lambda p: p.register_hook(lambda g: g / 0)):
+        trainer = case.trainer(2, "pipelined")
         trainer.batch = 1
+        own = list(trainer.groups[dist.get_rank()].parameters())
+        if trainer.last:
+            spoil(own[0])
+        before = [p.detach().clone() for p in own]
         with pytest.raises(lct.NonFiniteError) as caught:
-            list(trainer.events())
-    else:
-        trainer.batch = 1
-        with pytest.raises(lct.NonFiniteError) as caught:
-            trainer.step(*nets.batches(1)[0])
-    messages.append(str(caught.value))
-    before = [p.detach().clone() for p in trainer.groups[dist.get_rank()].parameters()]
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, trainer.groups[dist.get_rank()].parameters(), strict=True)
-    )
+            if trainer.last:
+                list(trainer.events())
+            else:
+                trainer.step(*nets.batches(1)[0])
+        messages.append(str(caught.value))
+        assert all(torch.equal(a, b) for a, b in zip(before, own, strict=True))
     trainer = case.trainer(2, "pipelined")
     if trainer.last:
         next(trainer.events())
         dist.destroy_process_group(trainer._run.serial.process_group)
-        return messages[0], "was lost"
+        return [*messages, "was lost"]
     trainer.step(*nets.batches(1)[0])
     with pytest.raises(lct.PeerError) as lost:
         trainer.step(*nets.batches(1)[0])
-    return messages[0], str(lost.value)
+    return [*messages, str(lost.value)]
 
 
 def test_refusals_name_the_cause(threads: None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lct_fast as lct
 from lct_fast.codecs.vector_quantization import VectorQuantization
 from lct_fast.engine import checkpoint
+from lct_fast.engine.cuda.gate import Gate
 from lct_fast.engine.schedules import stage
 from lct_fast.engine.transport.replicas import part
 from tests.engine import nets
@@ -111,6 +112,7 @@ ALIKE = {
 }
 
 
+WITH_CRITICS = Case(lct.LocalCritic, "pooled_linear", lambda seed: _with_units(nets.net(seed)))
 DROPPING = Case(lct.Greedy, "pooled_linear", lambda seed: _with_units(nets.net(seed), 0.3))
 
 
@@ -327,6 +329,7 @@ def _troubles(folder: str) -> dict[str, Any]:
     weights = lambda t: t.workers[0].parameters[0].detach()  # noqa: E731
     said["weights"] = _drift(EQUAL["greedy"], weights, Path(folder) / "drifted")
     said["rested"] = _rest_while_one_evaluates()
+    said["flagged"] = _flag_one()
     said["lost"] = _lose_one()
     return said
 
@@ -388,20 +391,46 @@ def _drift(case: Case, what: Callable[[lct.Trainer], Tensor], folder: Path | Non
     return ""
 
 
-def _lose_one() -> dict[str, Any]:
-    """In rank 2 the second batch's loss is NaN, and the process ends."""
-    case, calls = EQUAL["greedy"], []
+def _spoilt(case: Case, spoil: Callable[[Tensor], Tensor]) -> tuple[lct.Trainer, list[list[Tensor]]]:
+    """A trainer in which rank 2 spoils the second batch's losses, and the batches of this replica."""
+    calls = []
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         calls.append(1)
         rows = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        return rows * float("nan") if dist.get_rank() == 2 and len(calls) == 2 else rows
+        return spoil(rows) if dist.get_rank() == 2 and len(calls) == 2 else rows
 
     trainer = case.trainer(schedule="pipelined", replicas=REPLICAS, loss=loss)
+    return trainer, [[part(t, trainer.replica, REPLICAS) for t in batch] for batch in case.batches(case.rows)]
+
+
+def _flag_one() -> dict[str, Any]:
+    """As on a device, where nobody waits for the flag of one replica. Gradients are sound, so rank 2 alone sees it."""
+    trainer, batches = _spoilt(WITH_CRITICS, lambda rows: rows + rows.detach() * float("nan"))
+    worker = trainer.workers[0]
+    worker.gate = Gate(worker.index, worker.device, worker.replicas.any)
+    if not trainer.first:
+        for _ in zip(range(3), trainer.events(), strict=False):
+            pass
+        return {}
+    trainer.step(*batches[0])
+    before = _own(trainer)
+    trainer.step(*batches[1])
+    kept = nets.same(before, _own(trainer))
+    said = _message(lambda: [trainer.step(*batch) for batch in batches[2:]])
+    return {"said": said, "batch": trainer.batch, "kept": kept and nets.same(before, _own(trainer))}
+
+
+def _lose_one() -> dict[str, Any]:
+    """Rank 2 ends in its second batch."""
+
+    def end(rows: Tensor) -> Tensor:
+        raise ValueError("no more of this")
+
+    trainer, batches = _spoilt(EQUAL["greedy"], end)
     if not trainer.first:
         next(iter(trainer.events()))
         return {}
-    batches = [[part(t, trainer.replica, REPLICAS) for t in batch] for batch in case.batches(case.rows)]
     trainer.step(*batches[0])
     before = _own(trainer)
     said = _message(lambda: [trainer.step(*batch) for batch in batches])
@@ -448,10 +477,20 @@ def test_replicas_that_drift_apart_are_named(troubles: list[dict[str, Any]]) -> 
 
 def test_a_replica_that_ends_stops_the_others_before_they_update(troubles: list[dict[str, Any]]) -> None:
     ended, other = troubles[2]["lost"], troubles[0]["lost"]
-    assert ended["said"].startswith("NonFiniteError: the loss of group 1 at batch 1 is NaN or Inf")
+    assert ended["said"] == "ValueError: no more of this"
     assert other["said"].startswith("PeerError: lost a replica of this group, rank 2 (")
     assert "go on from the last checkpoint" in other["said"]
     assert not ended["updated"] and not other["updated"]
+
+
+def test_replicas_leave_out_the_same_batch(troubles: list[dict[str, Any]]) -> None:
+    flagged = [troubles[rank]["flagged"] for rank in (0, 2)]
+    for one in flagged:
+        assert one["said"].startswith(
+            "NonFiniteError: the loss or a gradient of group 1 at batch 1 is NaN or Inf"
+        )
+        assert one["kept"]
+    assert flagged[0]["batch"] == flagged[1]["batch"]
 
 
 def test_replicas_rest_while_one_evaluates(troubles: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,14 +34,17 @@ class Gate:
     Args:
         group: number of the group, from 0.
         device: where the group runs.
+        agreed: of flags, those that any replica of the group has raised; all of them then leave out the same batches.
 
     Attributes:
         broken: a batch was bad. found: the update that is being prepared must not be (``found_inf`` of torch's fused
             optimisers). critic: the same for the critic's own.
     """
 
-    def __init__(self, group: int, device: torch.device) -> None:
-        self.group = group
+    def __init__(
+        self, group: int, device: torch.device, agreed: Callable[[Tensor], Tensor] = lambda flags: flags
+    ) -> None:
+        self.group, self.agreed = group, agreed
         self.broken, self.found, self.critic = (torch.zeros((), device=device) for _ in range(3))
         self._reports: deque[_Report] = deque()
 
@@ -55,16 +58,17 @@ class Gate:
         bad = ~torch.isfinite(loss).all()
         if gradients:
             bad = bad | ~torch.isfinite(torch.nn.utils.get_total_norm(gradients, float("inf")))
-        bad = bad.float()
-        now = bad if refused is None else torch.maximum(bad, refused)
-        self.broken.copy_(torch.maximum(self.broken, bad if refused is None else bad * (1 - refused)))
-        now = torch.maximum(now, self.broken)
+        bad, refused = self.agreed(
+            torch.stack([bad.float(), torch.zeros_like(self.broken) if refused is None else refused])
+        ).unbind()
+        self.broken.copy_(torch.maximum(self.broken, bad * (1 - refused)))
+        now = torch.maximum(torch.maximum(bad, refused), self.broken)
         self.found.copy_(torch.maximum(self.found, now))
         return now
 
     def hear(self, losses: Iterable[Tensor]) -> None:
         """The critic's next update learns from these."""
-        bad = torch.stack([~torch.isfinite(loss).all() for loss in losses]).any().float()
+        bad = self.agreed(torch.stack([~torch.isfinite(loss).all() for loss in losses]).any().float())
         self.critic.copy_(torch.maximum(torch.maximum(self.critic, bad), self.broken))
 
     def step(self, optimizer: torch.optim.Optimizer, flag: Tensor) -> None:

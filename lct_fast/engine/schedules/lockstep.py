@@ -32,13 +32,28 @@ class Lockstep:
     def step(
         self, x: Tensor, y: Tensor, refused: Tensor | None = None, samples: Tensor | None = None
     ) -> Stats:
-        """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1."""
+        """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1.
+
+        After an error the groups before the one that failed have learned from the batch, and training may go on with
+        another one.
+        """
         check_flags(self.workers)
         if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
             stats = self.serial.step(self.batch, x, y)
-            self.batch += 1
-            return stats
-        batch, h = self.batch, x
+        else:
+            try:
+                stats = self._train(self.batch, x, y, refused, samples)
+            except Exception:
+                for worker in self.workers:
+                    worker.feedback.forget(self.batch)
+                raise
+        self.batch += 1
+        return stats
+
+    def _train(
+        self, batch: int, x: Tensor, y: Tensor, refused: Tensor | None, samples: Tensor | None
+    ) -> Stats:
+        h = x
         take_true_gradient(self.workers, batch, x, y)
         losses, answers, sent = [], [], -sum(w.meter.wire_bytes for w in self.workers)
         for k, worker in enumerate(self.workers):
@@ -57,7 +72,6 @@ class Lockstep:
         for worker in self.workers:
             worker.learn(batch)
         sent += sum(w.meter.wire_bytes for w in self.workers)
-        self.batch += 1
         return Stats(batch, torch.stack(losses), sent, max(len(w.feedback.pending) for w in self.workers))
 
     def _give_back(self, batch: int, answers: list[Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lct_fast.engine.errors import NonFiniteError, OutOfMemoryError, first_line
+from lct_fast.engine.finite import all_finite
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.meter import Event
 from lct_fast.engine.stats import Stats
@@ -52,6 +53,11 @@ class Part(nn.Module):
             worker.meter.raw_bytes += h.numel() * 4
         self.finite &= torch.isfinite(h.detach()).all()
         return h
+
+    def flags(self) -> tuple[bool, bool]:
+        """Whether what left the group was finite, and its gradients are."""
+        gradients = [p.grad for p in self.worker.parameters if p.grad is not None]
+        return bool(self.finite), all_finite(gradients)
 
     @torch.no_grad()
     def trial(self, h: Tensor) -> Tensor:
@@ -128,7 +134,7 @@ class SerialSteps:
         ]
         loss = self.loss.mean(losses)
         self.parts[-1].finite &= torch.isfinite(loss)
-        check_finite(self.workers, [bool(part.finite) for part in self.parts], batch)
+        check_finite(self.workers, [part.flags() for part in self.parts], batch)
         for worker in self.workers:
             worker.update(batch)
         for worker in self.workers:
@@ -173,19 +179,25 @@ def back_propagate(
     return loss.detach()
 
 
-def check_finite(workers: Sequence[Worker], finite: Sequence[bool], batch: int) -> None:
-    """Refuses to update after a serial step in which not everything was ``finite``, told group by group.
+def check_finite(workers: Sequence[Worker], flags: Sequence[tuple[bool, bool]], batch: int) -> None:
+    """Refuses to update after a serial step with NaN or Inf, as ``Part.flags`` of every group tell.
 
     Raises:
-        NonFiniteError: names the first group that was not; the gradients of ``workers`` are dropped.
+        NonFiniteError: names the first group whose output, or the last whose gradients were not finite, as they travel
+            backward; the gradients of ``workers`` are dropped.
     """
-    if all(finite):
+    outputs, gradients = zip(*flags, strict=True)
+    if all(outputs) and all(gradients):
         return
     for worker in workers:
         worker.group.zero_grad()
+    if not all(outputs):
+        what = f"the output of group {outputs.index(False) + 1}"
+    else:
+        what = f"a gradient of group {len(gradients) - gradients[::-1].index(False)}"
     raise NonFiniteError(
-        f"the output of group {list(finite).index(False) + 1} at batch {batch} (a serial step) holds NaN or Inf: "
-        f"no group was updated; lower the learning rate and go on from the last checkpoint"
+        f"{what} at batch {batch} (a serial step) holds NaN or Inf: no group was updated; lower the learning rate and "
+        f"go on from the last checkpoint"
     )
 
 

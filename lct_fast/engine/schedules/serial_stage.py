@@ -84,10 +84,11 @@ class SerialStage:
         mean = self.loss.mean(losses) if worker.last else None
         if mean is not None:
             self.part.finite &= torch.isfinite(mean)
-        everyone = torch.zeros(self.ranks.size, dtype=torch.int32, device=worker.device)
-        everyone[worker.index] = self.part.finite
+        everyone = torch.zeros(self.ranks.size, 2, dtype=torch.int32)
+        everyone[worker.index] = torch.tensor(self.part.flags())
+        everyone = everyone.to(worker.device)
         self._talk(batch, len(target), lambda: dist.all_reduce(everyone, group=self.process_group))
-        check_finite([worker], [bool(v) for v in everyone.tolist()], batch)
+        check_finite([worker], [(bool(o), bool(g)) for o, g in everyone.tolist()], batch)
         return mean, meter.serial_bytes - sent
 
     def _build(self, entry: Tensor, output: Tensor) -> Any:

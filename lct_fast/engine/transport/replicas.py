@@ -122,6 +122,10 @@ class Replicas:
                     work.wait()
         return totals
 
+    def any(self, flags: Tensor) -> Tensor:
+        """1 where any replica has raised a flag, else 0."""
+        return flags if self.count == 1 else self.sum(flags)[0].clamp_(max=1)
+
     def first(self, t: Tensor) -> Tensor:
         """Replica 0's ``t``."""
         if self.count == 1:
