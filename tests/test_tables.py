@@ -286,7 +286,7 @@ def test_what_the_readme_says_of_codecs(tmp_path: Path) -> None:
         row for row in cifar10["rows"] if row["method"] == "greedy" and row["codec"] in ("none", "int2")
     ]
     text = words(tmp_path, "wire-words", wire_digits=digits, wire_cifar10=cifar10)
-    assert "costs accuracy that five folds show (at most 2.5 points, with 95 %)" in text
+    assert "costs accuracy that five folds of three seeds show (at most 2.5 points, with 95 %)" in text
     assert (
         "`greedy` does best with `int2`, -1.1 (-0.9) at 14.2 times fewer bytes, about 2.2 bits a value."
         in text
@@ -295,6 +295,20 @@ def test_what_the_readme_says_of_codecs(tmp_path: Path) -> None:
     assert "the other rows are one seed" not in words(tmp_path, "wire-cifar10-intro", wire_cifar10=cifar10)
     text = words(tmp_path, "codecs-words", wire_digits=digits)
     assert "on digits no codec but `topk:16` and `vq:256,8` costs anything" in text
+
+
+def test_vq_is_held_against_what_takes_as_many_bytes(tmp_path: Path) -> None:
+    digits, cifar10 = stored("wire_digits"), stored("wire_cifar10")
+    rows = {(row["method"], row["codec"]): row for row in digits["rows"]}
+    rows["greedy", "vq:256,4"]["points_ahead_of"]["int2"]["plain"] = {"mean": 0.25, "half_width": None}
+    # Twice the bytes are not as many.
+    rows["greedy", "topk:16"]["times_fewer_bytes"] = 32.0
+    cifar10["rows"] = [row for row in cifar10["rows"] if row["codec"] == "none"]
+    text = words(tmp_path, "wire-ahead", wire_digits=digits, wire_cifar10=cifar10)
+    assert re.search(r"digits \| greedy \| `vq:256,4` \| 15.4 \| `int2` \| 14.2 \| \d+ \| \+0.25 \|", text)
+    assert "digits | local-critic | `vq:128,4` | 17.9 | `topk:16` | 16.0 |" in text
+    assert "greedy | `vq:128,4` | 17.8 | `topk:16`" not in text and "`vq:256,8`" not in text
+    assert "CIFAR-10" not in text
 
 
 def test_drills_that_fail_are_said(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lct_fast.codecs.block_quantization import KINDS, BlockQuantization
 from lct_fast.codecs.cast import Cast
 from lct_fast.codecs.codec import Codec, CodecError, Encoded, Layout, dense
@@ -18,11 +20,32 @@ _FORMS = (
     "topk:N",
     "downsample:F[+CODEC]",
 )
+# Registered ones, by name.
+_OWN: dict[str, Callable[[str], Codec]] = {}
 
 
 def names() -> list[str]:
     """The forms of spec that ``build`` knows."""
-    return list(_FORMS)
+    return [*_FORMS, *_OWN]
+
+
+def register(name: str, make: Callable[[str], Codec]) -> None:
+    """Lets ``build`` make a codec of your own, and so ``Trainer(codec=...)``, in this process.
+
+    Args:
+        name: what specs of it begin with, NAME or NAME:ARGUMENTS.
+        make: gets the ARGUMENTS, "" if there are none, and returns a new codec, one end of one cut, whose ``name`` is
+            the whole spec. It raises ValueError where they do not fit.
+
+    Raises:
+        ValueError: the name is not an identifier, or taken.
+    """
+    taken = {form.partition(":")[0].partition("[")[0] for form in _FORMS} | {"auto"}
+    if not name.isidentifier() or name in taken:
+        raise ValueError(
+            f"codec name: expected an identifier other than {', '.join(sorted(taken))}, got {name!r}"
+        )
+    _OWN[name] = make
 
 
 def build(spec: str) -> Codec:
@@ -31,7 +54,8 @@ def build(spec: str) -> Codec:
     Args:
         spec: "none", "bf16"; "fp8", "int8", "int4" or "int2", with ":BLOCK" for blocks of other than 64 values; or
             "vq:K,D", K words for vectors of D channels, "vq:K,D,S" for patches of S x S; "topk:N", one value in N; or
-            "downsample:F", feature maps F times smaller each way, with "+" and another spec for how these are coded.
+            "downsample:F", feature maps F times smaller each way, with "+" and another spec for how these are coded; or
+            one that was given to ``register``.
 
     Raises:
         ValueError: unknown name, or numbers that do not fit.
@@ -39,6 +63,8 @@ def build(spec: str) -> Codec:
     if spec.startswith("downsample"):
         return _downsample(spec)
     name, _, rest = spec.partition(":")
+    if name in _OWN:
+        return _named(_OWN[name](rest), spec)
     numbers = [part.strip() for part in rest.split(",")] if rest else []
     if not all(n.isdecimal() for n in numbers):
         raise ValueError(
@@ -53,7 +79,14 @@ def build(spec: str) -> Codec:
         return VectorQuantization(*values)
     if name == "topk" and len(values) == 1:
         return TopK(*values)
-    raise ValueError(f"unknown codec {spec!r}: choose one of {', '.join(_FORMS)}")
+    raise ValueError(f"unknown codec {spec!r}: choose one of {', '.join(names())}")
+
+
+def _named(codec: Codec, spec: str) -> Codec:
+    """Both ends of a cut, and a resumed run, know a codec by its name."""
+    if codec.name != spec:
+        raise ValueError(f"codec {spec!r}: expected a codec of that name, got one named {codec.name!r}")
+    return codec
 
 
 def _downsample(spec: str) -> Codec:
@@ -80,4 +113,5 @@ __all__ = [
     "build",
     "dense",
     "names",
+    "register",
 ]
