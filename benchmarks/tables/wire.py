@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.tables.markdown import at_most, listed, paragraph, table, word
+from benchmarks.tables.markdown import at_most, between, listed, paragraph, table, word
 from benchmarks.tables.results import Results
 
 Row = dict[str, Any]
@@ -12,6 +12,7 @@ POINTS, CODED = "points_from_none", "points_from_none_coded_evaluation"
 METHODS = ("greedy", "local-critic")
 # Bytes of one codec over another's that pass for equal.
 _EQUAL = (0.97, 1.3)
+_DATA = {"digits": "wire_digits", "CIFAR-10": "wire_cifar10"}
 
 
 def _points(value: Row) -> str:
@@ -52,27 +53,52 @@ def _without(results: Results, file: str) -> dict[str, Row]:
     return {row["method"]: row for row in results(file)["rows"] if row["codec"] == "none"}
 
 
+def _beside(results: Results, file: str) -> list[tuple[Row, Row, Row]]:
+    """A vq row, that of a codec without a codebook that takes as many bytes, and how far vq is ahead."""
+    by_codec = {(row["method"], row["codec"]): row for row in coded(results, file)}
+    return [
+        (row, other, found)
+        for (method, _), row in by_codec.items()
+        for rival, found in row["points_ahead_of"].items()
+        if (other := by_codec[method, rival])
+        and _EQUAL[0] < row["times_fewer_bytes"] / other["times_fewer_bytes"] < _EQUAL[1]
+    ]
+
+
 def ahead(results: Results) -> str:
     """vq beside each codec without a codebook that takes as many bytes, in pairs of the same seed and data."""
-    rows = []
-    for data, file in (("digits", "wire_digits"), ("CIFAR-10", "wire_cifar10")):
-        by_codec = {(row["method"], row["codec"]): row for row in coded(results, file)}
-        for (method, codec), row in by_codec.items():
-            times = row["times_fewer_bytes"]
-            for rival, found in row["points_ahead_of"].items():
-                others = by_codec[method, rival]["times_fewer_bytes"]
-                if not _EQUAL[0] < times / others < _EQUAL[1]:
-                    continue
-                rows.append(
-                    [
-                        *(data, method, f"`{codec}`", f"{times:.1f}", f"`{rival}`", f"{others:.1f}"),
-                        str(found["pairs"]),
-                        _points(found["plain"]),
-                        _points(found["coded_evaluation"]),
-                    ]
-                )
+    rows = [
+        [
+            *(data, row["method"], f"`{row['codec']}`", f"{row['times_fewer_bytes']:.1f}"),
+            *(f"`{other['codec']}`", f"{other['times_fewer_bytes']:.1f}", str(found["pairs"])),
+            *(_points(found["plain"]), _points(found["coded_evaluation"])),
+        ]
+        for data, file in _DATA.items()
+        for row, other, found in _beside(results, file)
+    ]
     head = ["data", "method", "vq", "times fewer", "beside", "times fewer", "pairs", "points ahead"]
     return table([*head, "ahead, coded at evaluation"], rows)
+
+
+def ahead_words(results: Results) -> str:
+    """The same in a paragraph: by data, of each kind of rival."""
+    said = []
+    for data, file in _DATA.items():
+        for kind in ("int2", "topk"):
+            found = [f for _, other, f in _beside(results, file) if other["codec"].startswith(kind)]
+            if found:
+                means = [f["plain"]["mean"] for f in found]
+                sure = [
+                    f
+                    for f in found
+                    if f["plain"]["half_width"] is not None
+                    and abs(f["plain"]["mean"]) > f["plain"]["half_width"]
+                ]
+                said.append(
+                    f"On {data}, beside `{kind}`: {between(means, '+.2f')} points, "
+                    f"{word(len(sure)) if sure else 'none'} of {word(len(found))} told from 0 with 95 %."
+                )
+    return paragraph(*said)
 
 
 def _folds(results: Results) -> str:
@@ -247,6 +273,7 @@ TABLES = {
     "wire-cifar10": cifar10,
     "wire-words": words,
     "wire-ahead": ahead,
+    "wire-ahead-words": ahead_words,
     "codecs-words": codecs_words,
     "links-words": links_words,
     "links": links,
