@@ -7,7 +7,7 @@ torch.cuda. On the host everything is done at once and in order, so all of it do
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -169,8 +169,20 @@ class CudaGraph(Graph):
         recorded = torch.cuda.graph(
             self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self._device), recorded:
-            return work()
+        try:
+            # When the end of a recording fails, torch does not put back the stream.
+            with torch.cuda.device(self._device), torch.cuda.stream(stream), recorded:
+                return work()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Ends a recording that failed for the allocator, which torch leaves waiting for the end: until it comes, no
+        memory that another stream has used is taken back."""
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
 
     def replay(self) -> None:
         self._graph.replay()
