@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lct_fast as lct
 from lct_fast.codecs import vector_quantization
 from lct_fast.engine import batch_check, checkpoint
-from lct_fast.engine.cuda import gate, ring
+from lct_fast.engine.cuda import gate, ring, streams
 from lct_fast.engine.cuda.gate import Gate
 from lct_fast.engine.schedules import ticks
 from lct_fast.engine.schedules.graphs import WARM_UP, eager_lines, why_eager
@@ -303,6 +303,15 @@ def test_slots_that_shared_memory_would_lose_their_results(
     monkeypatch.setattr(FakeDevice, "pool", lambda self: pools.setdefault(self.index, []))
     with pytest.raises(Disorder, match="where another graph of the pool has been since|may be still to read"):
         train(on_machine(CASES[name], 2, under, True), under)
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses to say whether one without a number can be reached."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for made in (streams.CudaDevice(torch.device("cuda")), streams.device(torch.device("cuda"))):
+        assert made.device == torch.device("cuda", 3)
+        assert made.reaches(streams.CudaDevice(torch.device("cuda", 3)))
+    assert streams.CudaDevice(torch.device("cuda", 1)).device.index == 1
 
 
 class Asking(nn.Module):

@@ -99,9 +99,15 @@ class Device:
 
 
 class CudaDevice(Device):
-    """A CUDA device, in terms of torch.cuda."""
+    """A CUDA device, in terms of torch.cuda; ``cuda`` is the current one."""
 
     overlaps = True
+
+    def __init__(self, device: torch.device) -> None:
+        # By number, so that devices compare.
+        super().__init__(
+            device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        )
 
     def stream(self, name: str) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
@@ -190,9 +196,4 @@ class CudaGraph(Graph):
 
 def device(place: torch.device) -> Device:
     """What drives ``place``."""
-    return CudaDevice(_indexed(place)) if place.type == "cuda" else Device(place)
-
-
-def _indexed(place: torch.device) -> torch.device:
-    """``cuda`` as ``cuda:N``, so that devices compare."""
-    return place if place.index is not None else torch.device("cuda", torch.cuda.current_device())
+    return CudaDevice(place) if place.type == "cuda" else Device(place)
