@@ -15,6 +15,8 @@ PROFILED = 3
 PROFILE_LEAST_S = 30.0
 # Of a section's time; no shape is begun that would not fit, but none is interrupted either.
 MEASURING_SHARE = 0.75
+# Of the section of streams: most of its time goes into compilation, of every group of every contender.
+SAMPLING_SHARE = 0.3
 # At most: the decoupled step over the plain one, and shares of a step.
 OVERLAP_AIMS = {"against_plain": 1.15, "exposed_copy": 0.03, "launch_gaps": 0.05}
 
@@ -104,7 +106,7 @@ def overlap(context: Context) -> dict[str, Any]:
     out = folder / "overlap.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.overlap", "--out", str(folder)]
-    command += ["--budget", f"{0.5 * context.left():.0f}", *(["--trial"] if context.fake else [])]
+    command += ["--budget", f"{SAMPLING_SHARE * context.left():.0f}", *(["--trial"] if context.fake else [])]
     status, text = call(command, context, "overlap.log", environ(context), ROOT)
     found: dict[str, Any] = {"report": json.loads(out.read_text()) if out.exists() else {}}
     found["line"] = last_line(text)

@@ -46,7 +46,7 @@ SECTIONS = (
     Section("build", "the native module for this device", build, 20, 60),
     Section("correctness", "the test ladder on the device", correctness, 30, 40),
     *map(_bench, FIRST),
-    Section("overlap", "groups on streams of this device beside the compiled plain step", overlap, 40, 20),
+    Section("overlap", "groups on streams of this device beside the compiled plain step", overlap, 40, 40),
     Section("cifar10", "local critics, greedy and back-propagation trained", cifar10, 30, 16, no_data),
     *map(_bench, OTHERS),
     Section("sanitizer", "compute-sanitizer memcheck and racecheck", sanitizer, 20, 12),

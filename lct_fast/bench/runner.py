@@ -10,6 +10,7 @@ from lct_fast.bench.case import OURS, Bench, Case, Contender, Place
 from lct_fast.bench.roofline import Roofline
 from lct_fast.bench.rule import Accuracy, WrongOutput
 from lct_fast.bench.sampling import Percentiles, Sample, Sampler, percentiles
+from lct_fast.engine.cuda import streams
 from lct_fast.ops import BackendError
 
 Row = dict[str, Any]
@@ -87,17 +88,17 @@ def _fresh(contender: Contender, run: Callable[[], Any]) -> Any:
 
 
 def _capture(contender: Contender) -> tuple[Callable[[], Any], Any]:
-    # Capture wants what is lazy (compilation, handles, workspaces) done on a side stream before it.
-    side = torch.cuda.Stream()
+    # Capture wants what is lazy (compilation, handles, workspaces) done before it, on the stream that is captured. The
+    # engine's graphs leave torch as it was where one fails, so that the next contender's does not fail for that.
+    device = streams.device(torch.device("cuda"))
+    side, graph = device.stream("capture"), device.graph(device.pool())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             _fresh(contender, contender.run)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = contender.run()
+    out = graph.capture(contender.run, side)
     return graph.replay, out
 
 

@@ -50,6 +50,13 @@ class RandomStream:
         if self._generator is not None and "cuda" in state:
             self._generator.set_state(state["cuda"])
 
+    def renew(self) -> None:
+        """A new generator that goes on where this one is: one whose recording has failed draws no more."""
+        if self._generator is not None:
+            state = self._generator.get_state()
+            self._generator = torch.Generator(self._generator.device)
+            self._generator.set_state(state)
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Torch's generators continue this stream inside, and are as they were afterwards."""

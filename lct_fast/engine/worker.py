@@ -90,9 +90,11 @@ class Worker:
         make = settings.scheduler
         self.schedulers = [make(self.optimizer)] if make and self.optimizer else []
         # As they run: compiled, or the group's own; under DistributedDataParallel where there are replicas.
-        self.layers, self._fused = self.replicas.wrap(
-            self._ready(group.layers), None if group.fused is None else self._ready(group.fused)
-        )
+        layers: Any = group.layers
+        fused = group.fused
+        if settings.compile:
+            layers, fused = torch.compile(layers), None if fused is None else fused.compiled()
+        self.layers, self._fused = self.replicas.wrap(layers, fused)
         averaged = {id(p) for p in group.layers.parameters()}
         self._by_hand = [p for p in self.parameters if id(p) not in averaged]
         self.random = RandomStream(seed, index, device, self.replicas.index)
@@ -137,9 +139,6 @@ class Worker:
         """Gives up what is kept for samples: the weights have moved on without it."""
         if self.store is not None:
             self.store.forget()
-
-    def _ready(self, module: nn.Module) -> nn.Module:
-        return torch.compile(module) if self.settings.compile else module  # type: ignore[return-value]
 
     @property
     def fused(self) -> Any:

@@ -324,7 +324,10 @@ def _backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None, *_: None) -> 
     if dpooled is None:
         dpooled = x.new_zeros(ctx.pooled_shape)
     inputs = dy, dpooled, x, gamma, beta, mean, var, moments, ctx.batch_statistics, ctx.eps
-    if ctx.reuse_input and ctx.needs_input_grad[0] and not torch.compiler.is_compiling():
+    # What a compiler traces must not write over its input. Torch 2.11 says of a backward that it is not compiling; its
+    # tensors are then of another kind.
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    if ctx.reuse_input and ctx.needs_input_grad[0] and not traced:
         dgamma, dbeta = _bn_relu_pool_backward_(*inputs)
         # Whoever reads x again is told.
         torch.autograd.graph.increment_version(x)

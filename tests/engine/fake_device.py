@@ -7,7 +7,9 @@ vector clocks. What a device would get wrong now and then is an error here every
 - copying memory of the allocator's in another stream without ``keep``;
 - the host waiting for a device inside a step (``.item()`` and the like);
 - allocating buffers in a step once the pipeline is warm;
-- replaying a graph that was not recorded, or recording what cannot be.
+- replaying a graph that was not recorded, or recording what cannot be;
+- reading a graph's results when a graph that was recorded before it in the same pool has been replayed since: what that
+  one writes by the way may lie where they are.
 """
 
 from __future__ import annotations
@@ -39,13 +41,15 @@ class Disorder(AssertionError):
 
 @dataclass
 class _Memory:
-    """What has happened to a storage; ``owner`` is the stream whose allocator may take it back, None if nobody's."""
+    """What has happened to a storage; ``owner`` is the stream whose allocator may take it back, None if nobody's;
+    ``spoiled``: another graph may have written over it."""
 
     storage: Any
     owner: str | None = None
     kept: set[str] = field(default_factory=set)
     written: tuple[str, int] | None = None
     read: Clock = field(default_factory=dict)
+    spoiled: bool = False
 
 
 class Machine(TorchDispatchMode):
@@ -108,6 +112,9 @@ class Machine(TorchDispatchMode):
             self._made |= {_key(t) for t in _outputs(out)} - {_key(t) for t in inputs}
             return out
         out = func(*args, **kwargs)
+        if name == "copy_":
+            # All of it is written over, whatever it was.
+            self._of(written[0], None).spoiled = False
         self.note(inputs, written, _outputs(out))
         return out
 
@@ -119,6 +126,8 @@ class Machine(TorchDispatchMode):
         for t in inputs:
             memory = self._of(t, None)
             self._reads(memory, stream, clock, t)
+            if memory.spoiled:
+                raise Disorder(f"{stream} uses {_shape(t)}, where another graph of the pool has been since")
             memory.read[stream] = now
         for t in [*written, *(o for o in outputs if _key(o) not in known)]:
             memory = self._of(t, stream)
@@ -173,11 +182,12 @@ class _Op:
 
 
 class FakeGraph(streams.Graph):
-    """Records operations and runs them again on the same tensors."""
+    """Records operations and runs them again on the same tensors; ``pool`` has the graphs recorded in it, in order."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, machine: Machine, pool: list[FakeGraph]) -> None:
+        self.machine, self.pool = machine, pool
         self.ops: list[_Op] | None = None
+        self.made: set[int] = set()
         self.stream = ""
 
     def capture(self, work: Callable[[], Any], stream: str) -> Any:
@@ -185,13 +195,16 @@ class FakeGraph(streams.Graph):
         self.stream = stream
         with self.machine.record(ops):
             made = work()
-        self.ops = ops
+        self.ops, self.made = ops, self.machine._made
+        self.pool.append(self)
         return made
 
     def replay(self) -> None:
         if self.ops is None:
             raise Disorder("a graph is replayed before it was recorded")
         self.machine.replays += 1
+        for later in self.pool[self.pool.index(self) + 1 :]:
+            later.spoil()
         for op in self.ops:
             with torch.no_grad():
                 again = op.func(*op.args, **op.kwargs)
@@ -202,6 +215,13 @@ class FakeGraph(streams.Graph):
                 if _key(old) not in known and _key(new) != _key(old):
                     with torch.no_grad():
                         old.copy_(new)
+
+    def spoil(self) -> None:
+        """A graph that was recorded before this one writes where this one's tensors may be."""
+        assert self.ops is not None
+        for tensor in (t for op in self.ops for t in _outputs(op.out) if _key(t) in self.made):
+            self.machine.note([], [tensor], [])
+            self.machine._of(tensor, None).spoiled = True
 
 
 class FakeDevice(streams.Device):
@@ -258,8 +278,11 @@ class FakeDevice(streams.Device):
         if there is not None:
             _merge(self.machine.clocks[there], self.machine.clocks[stream])
 
-    def graph(self, pool: Any) -> FakeGraph:
-        return FakeGraph(self.machine)
+    def pool(self) -> list[FakeGraph]:
+        return []
+
+    def graph(self, pool: list[FakeGraph]) -> FakeGraph:
+        return FakeGraph(self.machine, pool)
 
 
 class FakeLate(Late):

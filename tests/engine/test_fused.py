@@ -218,6 +218,19 @@ def test_it_runs_compiled() -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_every_group_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beyond the number of versions that torch keeps of one piece of code."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: real(module, backend="eager"))
+    torch.compiler.reset()
+    x, y = nets.batches(1)[0]
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            groups = nets.groups(lct.Greedy())
+            assert sum(group.fused is not None for group in groups) == 3
+            lct.Trainer(groups, lct.Greedy(), compile=True).step(x, y)
+
+
 def _convolved(unit: Unit, watch: list[Tensor]) -> Tensor:
     """The convolution's output after the backward pass, seen through a view that no hook shows."""
     shared = fuse(_layers(unit), _pools(2))

@@ -151,6 +151,59 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why() -> None:
     assert (trainer.workers[1].eager_because or "").startswith("recording it failed")
 
 
+class Fails(torch.nn.Module):
+    """Draws random numbers, then waits for the device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.dropout(x, 0.1)
+        return x if float(x.detach().sum()) > -1e9 else -x
+
+
+@needs_gpus(1)
+def test_a_recording_that_failed_leaves_random_numbers_and_memory_as_they_should_be() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 8), torch.nn.Linear(8, 8), Fails(), torch.nn.Linear(8, 5)]
+    net = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+    groups = lct.split(net, example_input=torch.zeros(4, 1, 8, 8), split_points=["2"], critic="linear")
+    trainer = lct.Trainer(groups, lct.Greedy(), devices=["cuda:0"], schedule="pipelined")
+    used = []
+    for x, y in _batches(60, "cuda:0"):
+        trainer.step(x, y)
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_stats()["active_bytes.all.current"])
+    trainer.flush()
+    assert (trainer.workers[1].eager_because or "").startswith("recording it failed")
+    # Memory that a copy stream has used is taken back as before.
+    assert max(used[40:]) <= max(used[20:40])
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("name", list(METHODS))
+def test_results_of_a_slot_outlive_the_graphs_of_others(name: str) -> None:
+    """Deep groups, whose graphs write much by the way, under a delay that keeps slots for long."""
+    found = []
+    for graphs in (False, True):
+        torch.manual_seed(3)
+        groups = lct.split(
+            Deep(False),
+            example_input=torch.zeros(4, 1, 8, 8),
+            critic="conv_fc:convs=1,filters=16",
+            split_points=["1", "2"],
+        )
+        trainer = lct.Trainer(
+            groups,
+            METHODS[name](),
+            devices=["cuda:0"],
+            schedule="pipelined",
+            feedback_delay=4,
+            optimizer=lambda p: torch.optim.SGD(p, 2**-7, fused=True),
+            graphs=graphs,
+        )
+        found.append(_run(trainer, "cuda:0"))
+    for n, t in found[0].items():
+        torch.testing.assert_close(found[1][n], t, rtol=1e-3, atol=1e-5, msg=n)
+
+
 @needs_gpus(1)
 def test_random_numbers_of_a_group_go_on_under_graphs() -> None:
     device = streams.device(torch.device("cuda:0"))

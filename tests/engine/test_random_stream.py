@@ -51,3 +51,14 @@ def test_replicas_draw_different_numbers_and_the_first_those_of_a_run_without() 
     states = [RandomStream(7, 1, HOST, replica).state["cpu"] for replica in range(3)]
     assert torch.equal(states[0], RandomStream(7, 1, HOST).state["cpu"])
     assert not any(torch.equal(a, b) for i, a in enumerate(states) for b in states[:i])
+
+
+def test_a_new_generator_goes_on_where_the_old_one_is() -> None:
+    stream = RandomStream(7, 0, HOST)
+    stream.renew()
+    assert stream.state.keys() == {"cpu"}
+    old = stream._generator = torch.Generator().manual_seed(5)
+    torch.rand(3, generator=old)
+    stream.renew()
+    assert stream._generator is not old
+    assert torch.equal(torch.rand(4, generator=stream._generator), torch.rand(4, generator=old))

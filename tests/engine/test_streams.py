@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lct_fast as lct
 from lct_fast.codecs import vector_quantization
 from lct_fast.engine import batch_check, checkpoint
-from lct_fast.engine.cuda import gate, ring
+from lct_fast.engine.cuda import gate, ring, streams
 from lct_fast.engine.cuda.gate import Gate
 from lct_fast.engine.schedules import ticks
 from lct_fast.engine.schedules.graphs import WARM_UP, eager_lines, why_eager
@@ -291,7 +291,27 @@ def test_what_the_machine_finds(
 
 def test_a_graph_is_recorded_before_it_is_replayed(machine: Callable[..., Machine]) -> None:
     with pytest.raises(Disorder, match="before it was recorded"):
-        FakeGraph(machine()).replay()
+        FakeGraph(machine(), []).replay()
+
+
+@pytest.mark.parametrize("name", ["greedy", "delay 2"])
+def test_slots_that_shared_memory_would_lose_their_results(
+    name: str, machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under = machine(2)
+    pools: dict[int, list[FakeGraph]] = {}
+    monkeypatch.setattr(FakeDevice, "pool", lambda self: pools.setdefault(self.index, []))
+    with pytest.raises(Disorder, match="where another graph of the pool has been since|may be still to read"):
+        train(on_machine(CASES[name], 2, under, True), under)
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses to say whether one without a number can be reached."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for made in (streams.CudaDevice(torch.device("cuda")), streams.device(torch.device("cuda"))):
+        assert made.device == torch.device("cuda", 3)
+        assert made.reaches(streams.CudaDevice(torch.device("cuda", 3)))
+    assert streams.CudaDevice(torch.device("cuda", 1)).device.index == 1
 
 
 class Asking(nn.Module):
@@ -331,6 +351,10 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(machine: Callable[...
     under, trainer = machine(), _asking(lct.Greedy())
     plain = _asking(lct.Greedy())
     place(trainer, under)
+    # A generator that a recording was using when it failed is of no use to torch.
+    renewed: list[int] = []
+    for worker in trainer.workers:
+        worker.random.renew = lambda k=worker.index: renewed.append(k)  # type: ignore[method-assign]
     with under:
         for x, y in nets.batches(BATCHES):
             trainer.step(x, y)
@@ -344,6 +368,7 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(machine: Callable[...
     assert two.eager_because is not None
     assert two.eager_because.startswith("recording it failed: operation not permitted")
     assert eager_lines(trainer.workers) == [f"no CUDA graphs for group 2: {two.eager_because}"]
+    assert renewed == [1]
 
 
 def test_graphs_that_were_asked_for_and_cannot_be_are_an_error(machine: Callable[..., Machine]) -> None:

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
 
 from lct_fast import ops
 from tests.ladder import Place, assert_same_bits
@@ -94,6 +96,24 @@ def test_compiles_into_one_graph(place: Place, reuse: bool, dynamic: bool, layou
         assert len(expected) == 6 and not torch.equal(expected[1], case.running_mean)
         for a, b in zip(expected, run_step(compiled, case), strict=True):
             assert_same_bits("compiled", a, b)
+
+
+def test_a_traced_backward_never_writes_over_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11 traces a backward without saying that it compiles."""
+    targets: list[str] = []
+
+    def noted(graph: fx.GraphModule, _: object) -> object:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    case = make(3, 6, 4, 6, 2, with_dy=True)
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=noted))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    run_step(compiled, replace(case, reuse_input=True))
+    assert "lct.bn_relu_pool_backward.default" in targets
+    assert "lct.bn_relu_pool_backward_.default" not in targets
+    assert not any("auto_functionalized" in name for name in targets)
 
 
 # torch's own: inductor imports modules that use what torch deprecates.

@@ -7,7 +7,7 @@ torch.cuda. On the host everything is done at once and in order, so all of it do
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -99,9 +99,15 @@ class Device:
 
 
 class CudaDevice(Device):
-    """A CUDA device, in terms of torch.cuda."""
+    """A CUDA device, in terms of torch.cuda; ``cuda`` is the current one."""
 
     overlaps = True
+
+    def __init__(self, device: torch.device) -> None:
+        # By number, so that devices compare.
+        super().__init__(
+            device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        )
 
     def stream(self, name: str) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
@@ -169,8 +175,20 @@ class CudaGraph(Graph):
         recorded = torch.cuda.graph(
             self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self._device), recorded:
-            return work()
+        try:
+            # When the end of a recording fails, torch does not put back the stream.
+            with torch.cuda.device(self._device), torch.cuda.stream(stream), recorded:
+                return work()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Ends a recording that failed for the allocator, which torch leaves waiting for the end: until it comes, no
+        memory that another stream has used is taken back."""
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
 
     def replay(self) -> None:
         self._graph.replay()
@@ -178,9 +196,4 @@ class CudaGraph(Graph):
 
 def device(place: torch.device) -> Device:
     """What drives ``place``."""
-    return CudaDevice(_indexed(place)) if place.type == "cuda" else Device(place)
-
-
-def _indexed(place: torch.device) -> torch.device:
-    """``cuda`` as ``cuda:N``, so that devices compare."""
-    return place if place.index is not None else torch.device("cuda", torch.cuda.current_device())
+    return CudaDevice(place) if place.type == "cuda" else Device(place)

@@ -27,14 +27,21 @@ class FusedLayers(nn.Module):
         bypassed: modules whose own `forward` is not called.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, bypassed: list[nn.Module]) -> None:
+    def __init__(self, graph_module: nn.Module, bypassed: list[nn.Module], gives_logits: bool) -> None:
         super().__init__()
-        self.graph_module, self.bypassed = graph_module, bypassed
-        self.gives_logits = isinstance(graph_module.get_submodule(_TAIL), LinearLogits)
+        self.graph_module, self.bypassed, self.gives_logits = graph_module, bypassed, gives_logits
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h, read = self.graph_module(x)
         return h, read
+
+    def compiled(self) -> FusedLayers:
+        """The same through torch.compile.
+
+        It compiles the traced layers, whose code is each group's own: of code that groups share, such as ``forward``
+        here, torch keeps eight versions, and runs further groups without a word as they are.
+        """
+        return FusedLayers(torch.compile(self.graph_module), self.bypassed, self.gives_logits)  # type: ignore[arg-type]
 
     @property
     def applies(self) -> bool:
@@ -79,7 +86,8 @@ def fuse(layers: nn.Module, critic: Critic) -> FusedLayers | None:
         output.args = (graph.call_module(_TAIL, (node.args[0],)),)
     for each in end:
         graph.erase_node(each)
-    return FusedLayers(fx.GraphModule(root, graph), [layers.get_submodule(n) for n in names])
+    bypassed = [layers.get_submodule(n) for n in names]
+    return FusedLayers(fx.GraphModule(root, graph), bypassed, isinstance(tail, LinearLogits))
 
 
 def _end(layers: nn.Module, node: object) -> tuple[str, list[fx.Node]]:

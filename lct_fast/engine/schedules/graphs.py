@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,6 +170,7 @@ class _Slot:
     h: Tensor | None
     train: Graph
     work: Work
+    pool: Any
     critic: Graph | None = None
     next_loss: Tensor | None = None
 
@@ -197,8 +199,6 @@ class GroupGraphs:
         self._slots: dict[int, _Slot] = {}
         self._rates = _Rates(self.worker)
         self._steps = self._critic_steps = 0
-        # Graphs of one group follow one another in one stream, so they can share memory.
-        self._pool = self.device.pool()
 
     def ready(self, batch: int, inputs: Inputs) -> bool:
         """Whether ``train`` can take this batch; records its slot, where that is still to be done."""
@@ -270,7 +270,10 @@ class GroupGraphs:
             worker.apply_gradients()
             return made
 
-        graph = self.device.graph(self._pool)
+        # Slots share no memory: what a slot's graph writes by the way may lie where a graph that was recorded after it
+        # has its results, and those are needed until their own slot comes round.
+        pool = self.device.pool()
+        graph = self.device.graph(pool)
         try:
             # Outside the recording: graphs remember the random generator they begin with.
             with worker.random.active(), self._rates.recorded():
@@ -278,7 +281,7 @@ class GroupGraphs:
         except Exception as error:
             self._give_up(error)
             return False
-        self._slots[batch % self.depth] = _Slot(inputs, h, graph, made)
+        self._slots[batch % self.depth] = _Slot(inputs, h, graph, made, pool)
         return True
 
     def _record_critic(self, slot: _Slot, next_loss: Tensor | None) -> bool:
@@ -291,7 +294,7 @@ class GroupGraphs:
             worker.hear(kept, next_loss)
             worker.update_critic()
 
-        graph = self.device.graph(self._pool)
+        graph = self.device.graph(slot.pool)
         try:
             with self._rates.recorded():
                 graph.capture(work, self.stream)
@@ -305,6 +308,7 @@ class GroupGraphs:
         """Goes on eagerly. A recording has run nothing, so only gradients that it left behind have to go."""
         for p in self.worker.group.parameters():
             p.grad = None
+        self.worker.random.renew()
         # The end of a recording that has failed raises on its own account.
         while error.__context__ is not None:
             error = error.__context__
