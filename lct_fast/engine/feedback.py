@@ -57,6 +57,11 @@ class Feedback:
                 raise RuntimeError(f"group {self.group}: the feedback of batch {pending.batch} is missing")
             yield pending.slot, pending.next_loss, pending.batch
 
+    def give_up(self, batch: int) -> None:
+        """No feedback of ``batch``, the newest one, will come: its step failed."""
+        while self.pending and self.pending[-1].batch >= batch:
+            self.pending.pop()
+
     def owe(self, batch: int, loss: Tensor) -> None:
         """Keeps a loss that has been sent back, as long as a checkpoint may need it."""
         self.owed.append((batch, loss))

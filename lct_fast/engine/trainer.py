@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,9 @@ class Trainer:
             OutOfMemoryError: names the group.
             PeerError: another group's process has gone.
             CheckpointError: one begun earlier could not be written.
+
+        After an error lockstep may go on: groups before the one that failed have been updated. Pipelined in one
+        process, batches between the groups are lost, and ``step`` refuses to go on until a checkpoint is loaded.
         """
         if not self.first:
             raise RuntimeError(
@@ -387,6 +391,23 @@ class Trainer:
         if isinstance(self._run, Ticks):
             self._run.finished = self._run.drain()
         self._read_flags()
+
+    def check_whole(self) -> None:
+        """Refuses to go on, or to be saved, where a failed step has lost batches between the groups.
+
+        Raises:
+            RuntimeError: load a checkpoint first.
+        """
+        if isinstance(self._run, Ticks):
+            self._run.check_whole()
+
+    def give_up(self) -> None:
+        """Forgets the batches on their way: the state of a checkpoint takes their place."""
+        if isinstance(self._run, Ticks):
+            self._run.give_up()
+        # A batch that was flagged is no matter any more.
+        with suppress(ValueError):
+            self._read_flags()
 
     def _read_flags(self) -> None:
         """Raises what a device has flagged and nobody has read yet."""

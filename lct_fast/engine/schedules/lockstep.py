@@ -32,8 +32,19 @@ class Lockstep:
     def step(
         self, x: Tensor, y: Tensor, refused: Tensor | None = None, samples: Tensor | None = None
     ) -> Stats:
-        """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1."""
+        """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1.
+
+        After an error groups before the one that failed have been updated, and the next batch may come.
+        """
         check_flags(self.workers)
+        try:
+            return self._step(x, y, refused, samples)
+        except BaseException:
+            for worker in self.workers:
+                worker.feedback.give_up(self.batch)
+            raise
+
+    def _step(self, x: Tensor, y: Tensor, refused: Tensor | None, samples: Tensor | None) -> Stats:
         if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
             stats = self.serial.step(self.batch, x, y)
             self.batch += 1
