@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lct_fast import codecs
 from lct_fast.engine import auto_codec
+from lct_fast.engine.arguments import check_groups, check_integer, check_method, check_positive
 from lct_fast.engine.auto_codec import Choice
 from lct_fast.engine.batch_check import BatchCheck
 from lct_fast.engine.hybrid import Hybrid
@@ -155,8 +156,8 @@ class Trainer:
         sample_folder: Path | None = None,
         diagnose: int = 0,
     ) -> None:
-        if not groups:
-            raise ValueError("groups: expected at least one group of lct.split, got none")
+        check_groups(groups)
+        check_method(method)
         self.num_classes = groups[0].cut.num_classes
         if num_classes is not None and num_classes != self.num_classes:
             raise ValueError(
@@ -166,12 +167,14 @@ class Trainer:
         self.carries = bool(carried.layers(groups[0].cut.model))
         if self.carries:
             check_carried(planned)
-        if accumulate < 1:
-            raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
+        check_integer("accumulate", accumulate, 1)
+        check_integer("diagnose", diagnose, 0)
+        if clip_norm is not None:
+            check_positive("clip_norm", clip_norm)
+        if isinstance(devices, str):
+            raise ValueError(f"devices: expected a list, such as [{devices!r}], got {devices!r}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
-        if diagnose < 0:
-            raise ValueError(f"diagnose: expected a number of batches >= 0, got {diagnose}")
         for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
             if not 0 < seconds < float("inf"):
                 raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
@@ -430,7 +433,13 @@ class Trainer:
         stage.stop()
 
     def set_learning_rate(self, rate: float) -> None:
-        """The learning rate of every group's optimiser from the next batch on; critics keep theirs."""
+        """The learning rate of every group's optimiser from the next batch on; critics keep theirs.
+
+        Raises:
+            ValueError: less than 0, NaN or Inf.
+        """
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"learning rate: expected a number >= 0, got {rate}")
         if isinstance(self._run, Stage | Asynchronous):
             self._run.set_learning_rate(rate)
             return
