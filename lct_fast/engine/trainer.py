@@ -471,7 +471,11 @@ class Trainer:
         Over processes, called in the first group's, the result is an event of the last group's; here it is None.
         Of replicas only replica 0 evaluates, as its network is the one that is exported; the first group's process of
         every other one calls this too, and waits.
+
+        Raises:
+            ValueError: shapes or labels that do not fit; no batch.
         """
+        batches = (self._check.evaluated(x, y, number) for number, (x, y) in enumerate(batches))
         if self.ranks is not None:
             stage = self._stage("evaluate")
             result = stage.evaluate(batches, coded) if self.replica == 0 else None

@@ -353,6 +353,8 @@ def test_refusals_name_the_cause() -> None:
         (x, wrong, ValueError, "expected 0..4 or -100 .ignored., got 5"),
         (x, y[:7], ValueError, "one batch"),
         (x, y.float(), ValueError, r"soft labels: expected \[16, 5\]"),
+        (x, torch.full((16, 5), float("nan")), lct.NonFiniteError, "target of batch 0 holds NaN"),
+        (x.numpy(), y, ValueError, "expected tensors, inputs and targets, got ndarray and Tensor"),
         (x, y.int(), ValueError, "labels: expected int64"),
         (x[:0], y[:0], ValueError, "at least one sample"),
     ]
@@ -433,3 +435,33 @@ def test_arguments_that_cannot_be_meant_are_refused() -> None:
     for number in (0, 5, 1.5, "2"):
         with pytest.raises(ValueError, match=r"exit: expected 1..4, got"):
             trainer.module(exit=number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [lct.LocalCritic, lct.Greedy])
+def test_soft_labels_of_any_precision_give_the_same_step(method: type[lct.Method]) -> None:
+    x, _ = nets.batches(1)[0]
+    soft = torch.randint(0, 8, (16, 5)) / 8
+    states = []
+    for dtype in (torch.float32, torch.float64):
+        trainer = lct.Trainer(nets.groups(method()), method())
+        for _ in range(2):
+            assert trainer.step(x, soft.to(dtype)).losses.dtype == torch.float32
+        states.append(nets.state(trainer))
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "pipelined"])
+def test_evaluation_refuses_what_does_not_fit(schedule: str) -> None:
+    trainer = lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), schedule=schedule)
+    good, (x, y) = nets.batches(2)
+    for wrong, message in [
+        (y + 5, "label out of range at batch 1: expected 0..4 or -100"),
+        (y.int(), "labels: expected int64"),
+        (y[:3], "inputs and targets of one batch"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trainer.evaluate([good, (x, wrong)])
+    found = trainer.evaluate([good, (x, torch.full_like(y, -100))])
+    assert found is not None and found.samples == 32
