@@ -43,9 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if processes.speaks(isinstance(error, ConfigError)):
             print(f"lct-fast {args.command}: {_one_line(error)}", file=sys.stderr, flush=True)
         return processes.refuse()
-    except KeyboardInterrupt:
-        print(f"lct-fast {args.command}: interrupted; a training run goes on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        processes.hear_no_more()
+        heartbeat.report(error)
+        if processes.is_first():
+            print(
+                f"lct-fast {args.command}: interrupted; a training run goes on with --resume", file=sys.stderr
+            )
+        return processes.refuse(130)
 
 
 def _one_line(error: BaseException) -> str:

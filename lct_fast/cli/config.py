@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(k, str) for k in loaded):
-        raise ConfigError(f"config {path}: expected a mapping of options, got {type(loaded).__name__}")
+        raise ConfigError(f"config {path}: expected option: value on each line, got {loaded!r:.60}")
     return loaded
 
 

@@ -44,6 +44,9 @@ def check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
     for key in ("feedback_delay", "weight_decay", "momentum", "seed", "diagnose"):
         if not 0 <= getattr(config, key) < float("inf"):
             raise ConfigError(f"{key}: expected a number >= 0, got {getattr(config, key)}")
+    for key, most in (("seed", 2**63 - 1), ("threads", 1024)):
+        if (getattr(config, key) or 0) > most:
+            raise ConfigError(f"{key}: expected at most {most}, got {getattr(config, key)}")
     if config.schedule == "pipelined" and config.method == "backprop":
         raise ConfigError(
             "backprop has no pipelined schedule here: use --schedule lockstep, or local-critic or greedy"
@@ -77,7 +80,7 @@ def check(config: Config, known: dict[str, dataclasses.Field[Any]]) -> None:
         )
     if config.graphs == "on" and config.schedule != "pipelined":
         raise ConfigError("graphs: CUDA graphs are for --schedule pipelined in one process")
-    if config.clip_norm is not None and config.clip_norm <= 0:
+    if config.clip_norm is not None and not config.clip_norm > 0:
         raise ConfigError(f"clip_norm: expected a positive number, got {config.clip_norm}")
 
 

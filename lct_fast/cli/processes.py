@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import uuid
@@ -165,9 +166,16 @@ def speaks(everywhere: bool) -> bool:
     return False
 
 
-def refuse() -> int:
-    """Exit status 2; at once where other processes and the threads of links would keep this one from ending."""
+def hear_no_more() -> None:
+    """Over processes: a Ctrl-C that this process is ending by already; launchers pass it on more than once."""
+    if count() > 1:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def refuse(status: int = 2) -> int:
+    """``status``; at once where other processes and the threads of links would keep this one from ending."""
     if dist.is_available() and dist.is_initialized():
         sys.stdout.flush()
-        os._exit(2)
-    return 2
+        sys.stderr.flush()
+        os._exit(status)
+    return status

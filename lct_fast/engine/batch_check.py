@@ -13,7 +13,7 @@ from lct_fast.engine.errors import NonFiniteError
 from lct_fast.methods import Objective
 
 # What is wrong with a batch, as a number that a device can tell.
-_INPUT, _LABEL = 1, 2
+_INPUT, _LABEL, _SOFT = 1, 2, 3
 
 
 class BatchCheck:
@@ -44,9 +44,13 @@ class BatchCheck:
             the batch's device, None if that is known to be not so.
 
         Raises:
-            ValueError: shapes or labels that do not fit. NonFiniteError: NaN or Inf in the input.
+            ValueError: shapes or labels that do not fit. NonFiniteError: NaN or Inf in the input or in soft labels.
         """
         self.check()
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise ValueError(
+                f"expected tensors, inputs and targets, got {type(x).__name__} and {type(y).__name__}"
+            )
         if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
             raise ValueError(
                 f"expected inputs and targets of one batch, got {tuple(x.shape)} and {tuple(y.shape)}"
@@ -82,13 +86,32 @@ class BatchCheck:
             batch, flag = self._flags.popleft()
             code = int(flag.value())
             if code:
-                kind = NonFiniteError if code == _INPUT else ValueError
+                kind = ValueError if code == _LABEL else NonFiniteError
                 raise kind(_message(code, batch, self.num_classes, self.objective))
+
+    def evaluated(self, x: Tensor, y: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """A batch that is evaluated, labels on the host checked: out of range they would end the process.
+
+        Raises:
+            ValueError: shapes or labels that do not fit.
+        """
+        if len(x) != len(y):
+            raise ValueError(
+                f"expected inputs and targets of one batch, got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        if self.objective.loss is None and not y.is_cuda and not y.is_floating_point():
+            self._labels(x, y, batch, at_once=True)
+        return x, y
 
     def _labels(self, x: Tensor, y: Tensor, batch: int, at_once: bool) -> tuple[Tensor, Tensor | None]:
         if y.is_floating_point():
             if y.dim() != 2 or y.shape[1] != self.num_classes:
                 raise ValueError(f"soft labels: expected [{len(x)}, {self.num_classes}], got {list(y.shape)}")
+            bad = ~torch.isfinite(y).all()
+            if not self._waits(y, at_once):
+                return y, bad * _SOFT
+            if bool(bad):
+                raise NonFiniteError(_message(_SOFT, batch, self.num_classes, self.objective))
             return y, None
         if y.dtype != torch.int64 or y.dim() != self.target_dims:
             tokens = ", T" * (self.target_dims - 1)
@@ -111,8 +134,9 @@ class BatchCheck:
 
 
 def _message(code: int, batch: int, num_classes: int, objective: Objective, got: str = "") -> str:
-    if code == _INPUT:
-        return f"the input of batch {batch} holds NaN or Inf: nothing was updated by it; clean the data"
+    if code != _LABEL:
+        what = "input" if code == _INPUT else "target"
+        return f"the {what} of batch {batch} holds NaN or Inf: nothing was updated by it; clean the data"
     return (
         f"label out of range at batch {batch}: expected 0..{num_classes - 1} or {objective.ignore_index} "
         f"(ignored){got}; nothing was updated by it"

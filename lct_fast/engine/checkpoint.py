@@ -95,6 +95,7 @@ def save(
         CheckpointError: it cannot be written; earlier ones are whole.
         ReplicaError: replicas hold different weights or codebooks.
     """
+    trainer.check_whole()
     trainer.settle()
     _tell_heart(trainer, folder)
     if trainer.first and trainer.replica == 0 and trainer.saves == 0:
@@ -154,9 +155,7 @@ def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
     same = manifest.get("replicas", 1) == trainer.replicas
     if not same:
         _check_closed(path, manifest, trainer)
-    # What is under way ends before its state goes; a batch that failed is no matter any more.
-    with suppress(ValueError):
-        trainer.settle()
+    trainer.give_up()
     read = {}
     for worker in trainer.workers:
         # The group behind keeps the losses that this one's critic is owed.

@@ -49,10 +49,6 @@ class Feedback:
                 return
         raise RuntimeError(f"group {self.group} keeps no slot for the feedback of batch {batch}")
 
-    def forget(self, batch: int) -> None:
-        """No feedback of ``batch`` will come: it was given up."""
-        self.pending = deque(p for p in self.pending if p.batch != batch)
-
     def take(self, through: int) -> Iterator[tuple[Slot, Tensor, int]]:
         """Slot, L_{k+1} [N] and number of each batch up to ``through``, oldest first; they are pending no more."""
         while self.pending and self.pending[0].batch <= through:
@@ -60,6 +56,11 @@ class Feedback:
             if pending.next_loss is None:
                 raise RuntimeError(f"group {self.group}: the feedback of batch {pending.batch} is missing")
             yield pending.slot, pending.next_loss, pending.batch
+
+    def give_up(self, batch: int) -> None:
+        """No feedback of ``batch``, the newest one, will come: its step failed."""
+        while self.pending and self.pending[-1].batch >= batch:
+            self.pending.pop()
 
     def owe(self, batch: int, loss: Tensor) -> None:
         """Keeps a loss that has been sent back, as long as a checkpoint may need it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lct_fast import codecs
 from lct_fast.engine import auto_codec
+from lct_fast.engine.arguments import check_groups, check_integer, check_method, check_positive
 from lct_fast.engine.auto_codec import Choice
 from lct_fast.engine.batch_check import BatchCheck
 from lct_fast.engine.hybrid import Hybrid
@@ -154,8 +156,8 @@ class Trainer:
         sample_folder: Path | None = None,
         diagnose: int = 0,
     ) -> None:
-        if not groups:
-            raise ValueError("groups: expected at least one group of lct.split, got none")
+        check_groups(groups)
+        check_method(method)
         self.num_classes = groups[0].cut.num_classes
         if num_classes is not None and num_classes != self.num_classes:
             raise ValueError(
@@ -165,12 +167,14 @@ class Trainer:
         self.carries = bool(carried.layers(groups[0].cut.model))
         if self.carries:
             check_carried(planned)
-        if accumulate < 1:
-            raise ValueError(f"accumulate: expected an integer >= 1, got {accumulate}")
+        check_integer("accumulate", accumulate, 1)
+        check_integer("diagnose", diagnose, 0)
+        if clip_norm is not None:
+            check_positive("clip_norm", clip_norm)
+        if isinstance(devices, str):
+            raise ValueError(f"devices: expected a list, such as [{devices!r}], got {devices!r}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
-        if diagnose < 0:
-            raise ValueError(f"diagnose: expected a number of batches >= 0, got {diagnose}")
         for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
             if not 0 < seconds < float("inf"):
                 raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
@@ -290,6 +294,9 @@ class Trainer:
             OutOfMemoryError: names the group.
             PeerError: another group's process has gone.
             CheckpointError: one begun earlier could not be written.
+
+        After an error lockstep may go on: groups before the one that failed have been updated. Pipelined in one
+        process, batches between the groups are lost, and ``step`` refuses to go on until a checkpoint is loaded.
         """
         if not self.first:
             raise RuntimeError(
@@ -388,6 +395,23 @@ class Trainer:
             self._run.finished = self._run.drain()
         self._read_flags()
 
+    def check_whole(self) -> None:
+        """Refuses to go on, or to be saved, where a failed step has lost batches between the groups.
+
+        Raises:
+            RuntimeError: load a checkpoint first.
+        """
+        if isinstance(self._run, Ticks):
+            self._run.check_whole()
+
+    def give_up(self) -> None:
+        """Forgets the batches on their way: the state of a checkpoint takes their place."""
+        if isinstance(self._run, Ticks):
+            self._run.give_up()
+        # A batch that was flagged is no matter any more.
+        with suppress(ValueError):
+            self._read_flags()
+
     def _read_flags(self) -> None:
         """Raises what a device has flagged and nobody has read yet."""
         self._check.check(late=1)
@@ -409,7 +433,13 @@ class Trainer:
         stage.stop()
 
     def set_learning_rate(self, rate: float) -> None:
-        """The learning rate of every group's optimiser from the next batch on; critics keep theirs."""
+        """The learning rate of every group's optimiser from the next batch on; critics keep theirs.
+
+        Raises:
+            ValueError: less than 0, NaN or Inf.
+        """
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"learning rate: expected a number >= 0, got {rate}")
         if isinstance(self._run, Stage | Asynchronous):
             self._run.set_learning_rate(rate)
             return
@@ -441,7 +471,11 @@ class Trainer:
         Over processes, called in the first group's, the result is an event of the last group's; here it is None.
         Of replicas only replica 0 evaluates, as its network is the one that is exported; the first group's process of
         every other one calls this too, and waits.
+
+        Raises:
+            ValueError: shapes or labels that do not fit; no batch.
         """
+        batches = (self._check.evaluated(x, y, number) for number, (x, y) in enumerate(batches))
         if self.ranks is not None:
             stage = self._stage("evaluate")
             result = stage.evaluate(batches, coded) if self.replica == 0 else None

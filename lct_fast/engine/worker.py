@@ -250,12 +250,15 @@ class Worker:
                         keep_slot=self.wants(batch) if keep_slot is None else keep_slot,
                         span=self.meter.span,
                     )
-        except RuntimeError as error:
-            if out_of_memory(error):
+        except Exception as error:
+            # What a backward has left half way must not be added to the next batch's.
+            self.group.zero_grad()
+            if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise OutOfMemoryError(
                     f"group {self.index + 1} ran out of memory at batch {batch} of {len(h)} samples "
                     f"({first_line(error)}): use a smaller batch, accumulation, or more groups"
                 ) from None
+            error.add_note(f"in group {self.index + 1} at batch {batch}, input {_told(h)}")
             raise
         if h._version != version:
             raise RuntimeError(
@@ -498,6 +501,10 @@ class Worker:
             f"{what} of group {self.index + 1} at batch {batch} is NaN or Inf: the group was not updated; "
             f"lower its learning rate and go on from the last checkpoint"
         )
+
+
+def _told(h: Tensor) -> str:
+    return f"{str(h.dtype).removeprefix('torch.')} {list(h.shape)}"
 
 
 def check_flags(

@@ -126,7 +126,8 @@ class Objective:
             wide = wide.detach().requires_grad_()
             loss = self.per_sample(wide, target)
             (dlogits,) = torch.autograd.grad(loss.sum(), wide)
-        return loss.detach(), dlogits
+        # Soft labels in float64 make it wider than the logits.
+        return loss.detach().to(wide.dtype), dlogits
 
     def late_weight_gradient(
         self, head: nn.Linear, u: Tensor, target: Tensor, row_scale: Tensor, activation: str

@@ -110,6 +110,37 @@ def test_no_process_outlives_its_launcher(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["all", "one"])
+def test_ctrl_c_ends_every_process_and_is_what_they_say(to: str, tmp_path: Path) -> None:
+    options = [*SMALL[:-6], *("--steps", "100000", "--epochs", "100000", "--schedule", "pipelined")]
+    command = torchrun(2, 0, tmp_path / "logs", "lct_fast", [*options, "--out", str(tmp_path / "run")])
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    pids: list[int] = []
+    try:
+        while not checkpoint.latest(tmp_path / "run" / "checkpoints"):
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        (attempt,) = (tmp_path / "logs").glob("*/attempt_0")
+        pids = list(_pids(attempt).values())
+        # From a terminal the launcher gets it, and passes it on.
+        os.kill(launcher.pid if to == "all" else pids[1], signal.SIGINT)
+        assert launcher.wait(240) == 1
+        assert not any(map(_lives, pids))
+        said = [(attempt / str(rank) / "stderr.log").read_text() for rank in range(2)]
+        assert not any("Traceback" in text or "trainer.stop()" in text for text in said)
+        interrupted = [text.count("lct-fast train: interrupted") for text in said]
+        if to == "all":
+            assert interrupted == [1, 0]
+        else:
+            assert interrupted == [0, 0] and "rank 1" in said[0] and "KeyboardInterrupt" in said[0]
+    finally:
+        launcher.kill()
+        for pid in filter(_lives, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(("before", "after"), [("pipelined", "lockstep"), ("lockstep", "pipelined")])
 @pytest.mark.parametrize("method", ["local-critic", "greedy"])
 def test_a_run_goes_on_under_the_other_schedule(before: str, after: str, method: str, tmp_path: Path) -> None:

@@ -264,6 +264,10 @@ def test_refusals_are_one_line_with_status_2_and_leave_nothing(
         (["--step-timeout", "0"], "step_timeout: expected a positive number, got 0.0"),
         (["--start-timeout", "inf"], "start_timeout: expected a positive number, got inf"),
         (["--epochs", "0"], "epochs: expected a number >= 1, got 0"),
+        (["--clip-norm", "nan"], "clip_norm: expected a positive number, got nan"),
+        (["--seed", str(2**63)], "seed: expected at most 9223372036854775807"),
+        # Torch ends the process where it cannot start so many.
+        (["--threads", "100000"], "threads: expected at most 1024, got 100000"),
         (["--resume"], "holds no run"),
     ]
     for options, message in cases:

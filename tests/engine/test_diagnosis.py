@@ -230,5 +230,5 @@ def test_rows_and_means_over_the_last_quarter() -> None:
 
 def test_refusals() -> None:
     method = lct.Greedy()
-    with pytest.raises(ValueError, match="diagnose: expected a number of batches >= 0, got -1"):
+    with pytest.raises(ValueError, match="diagnose: expected an integer >= 0, got -1"):
         lct.Trainer(nets.groups(method), method, diagnose=-1)

@@ -205,6 +205,9 @@ def test_refusals_say_what_to_do() -> None:
         (lambda: lct.split(Branching(), 2, x), "cannot trace Branching.forward"),
         (lambda: lct.split(UserNet(), 9, X), "9 groups asked for, but the model has only 6 units"),
         (lambda: lct.split(UserNet(), 0, X), "groups: expected an integer >= 1, got 0"),
+        (lambda: lct.split(UserNet(), 2.0, X), "groups: expected an integer >= 1, got 2.0"),  # type: ignore[arg-type]
+        (lambda: lct.split(UserNet(), 2, X, critic="foo"), "unknown critic 'foo'"),
+        (lambda: lct.split(UserNet(), example_input=X, split_points="layer2"), "expected a list of names"),
         (lambda: lct.split(UserNet(), 2), "needs example_input"),
         (lambda: lct.split(UserNet(), 2, torch.randn(4, 1, 8, 8)), "does not accept an input of shape"),
         (

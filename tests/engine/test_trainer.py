@@ -353,6 +353,8 @@ def test_refusals_name_the_cause() -> None:
         (x, wrong, ValueError, "expected 0..4 or -100 .ignored., got 5"),
         (x, y[:7], ValueError, "one batch"),
         (x, y.float(), ValueError, r"soft labels: expected \[16, 5\]"),
+        (x, torch.full((16, 5), float("nan")), lct.NonFiniteError, "target of batch 0 holds NaN"),
+        (x.numpy(), y, ValueError, "expected tensors, inputs and targets, got ndarray and Tensor"),
         (x, y.int(), ValueError, "labels: expected int64"),
         (x[:0], y[:0], ValueError, "at least one sample"),
     ]
@@ -396,3 +398,70 @@ def test_backends_of_the_op_train_the_same_network() -> None:
         with lct.use_backend(backend):
             losses.append(torch.stack([trainer.step(x, y).losses for x, y in batches]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_that_cannot_be_meant_are_refused() -> None:
+    groups = nets.groups(lct.Greedy())
+    others = nets.groups(lct.Greedy())
+    for wrong, message in [
+        (nets.net(), "groups: expected at least one group of lct.split, got a Sequential"),
+        ([nets.net()], "groups: expected those of lct.split, got a Sequential among them"),
+        (None, "groups: expected at least one group of lct.split, got none"),
+        (groups[:3], r"groups: expected all 4 of one lct.split, in order \(.*\), got 3"),
+        (groups[::-1], "groups: expected all 4 of one lct.split, in order"),
+        ([groups[0], *groups[:3]], "groups: expected all 4 of one lct.split, in order"),
+        ([*groups[:3], others[3]], "groups: expected all 4 of one lct.split, in order"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lct.Trainer(wrong, lct.Greedy())  # type: ignore[arg-type]
+    for method in ("greedy", lct.Greedy):
+        with pytest.raises(ValueError, match=r"method: expected one such as lct.LocalCritic\(\), got"):
+            lct.Trainer(groups, method)  # type: ignore[arg-type]
+    nan = float("nan")
+    for arguments, message in [
+        # A negative norm would turn gradients round; half a batch is never due.
+        *(({"clip_norm": v}, "clip_norm: expected a positive number") for v in (0.0, -1.0, nan, "1")),
+        *(({"accumulate": v}, "accumulate: expected an integer >= 1") for v in (1.5, True, "2")),
+        *(({"feedback_delay": v}, "feedback_delay: expected an integer >= 0") for v in (1.5, "2")),
+        ({"diagnose": 1.5}, "diagnose: expected an integer >= 0"),
+        ({"devices": "cpu"}, r"devices: expected a list, such as \['cpu'\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lct.Trainer(groups, lct.Greedy(), **arguments)  # type: ignore[arg-type]
+    trainer = lct.Trainer(groups, lct.Greedy())
+    for rate in (nan, -0.1, float("inf")):
+        with pytest.raises(ValueError, match="learning rate: expected a number >= 0"):
+            trainer.set_learning_rate(rate)
+    for number in (0, 5, 1.5, "2"):
+        with pytest.raises(ValueError, match=r"exit: expected 1..4, got"):
+            trainer.module(exit=number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [lct.LocalCritic, lct.Greedy])
+def test_soft_labels_of_any_precision_give_the_same_step(method: type[lct.Method]) -> None:
+    x, _ = nets.batches(1)[0]
+    soft = torch.randint(0, 8, (16, 5)) / 8
+    states = []
+    for dtype in (torch.float32, torch.float64):
+        trainer = lct.Trainer(nets.groups(method()), method())
+        for _ in range(2):
+            assert trainer.step(x, soft.to(dtype)).losses.dtype == torch.float32
+        states.append(nets.state(trainer))
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "pipelined"])
+def test_evaluation_refuses_what_does_not_fit(schedule: str) -> None:
+    trainer = lct.Trainer(nets.groups(lct.Greedy()), lct.Greedy(), schedule=schedule)
+    good, (x, y) = nets.batches(2)
+    for wrong, message in [
+        (y + 5, "label out of range at batch 1: expected 0..4 or -100"),
+        (y.int(), "labels: expected int64"),
+        (y[:3], "inputs and targets of one batch"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trainer.evaluate([good, (x, wrong)])
+    found = trainer.evaluate([good, (x, torch.full_like(y, -100))])
+    assert found is not None and found.samples == 32

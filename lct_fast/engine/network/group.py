@@ -154,7 +154,7 @@ def exit_module(groups: list[Group], k: int) -> nn.Module:
 
     The last exit is the user's own model; any other has the user's parameter names plus ``critic.*``.
     """
-    if not 1 <= k <= len(groups):
+    if not isinstance(k, int) or not 1 <= k <= len(groups):
         raise ValueError(f"exit: expected 1..{len(groups)}, got {k}")
     if not groups[k - 1].has_exit:
         raise ValueError(f"exit {k}: the method has no critics, so the only exit is the last, {len(groups)}")
@@ -172,13 +172,18 @@ def join(groups: list[Group]) -> Group:
     return make_groups(cut, [], [])[0]
 
 
+def units_of(nodes: Iterable[fx.Node]) -> list[str]:
+    """Names of the modules among a group's nodes, which tell it from the others."""
+    return [str(n.target) for n in nodes if n.op == "call_module"]
+
+
 def make_groups(cut: Cut, critics: list[Critic], shapes: list[tuple[int, ...]]) -> list[Group]:
     """Groups of a cut model; one critic and one shape for each group but the last."""
     parts = cut.groups()
     groups = []
     for k, nodes in enumerate(parts):
         last = k == len(parts) - 1
-        units = [str(n.target) for n in nodes if n.op == "call_module"]
+        units = units_of(nodes)
         if last:
             classifier, nodes = _classifier(cut.model, nodes)
             critic: Critic = OutputHead(classifier)

@@ -51,13 +51,15 @@ def split(
         raise ValueError(
             "split needs example_input, a batch shaped like those of training: split(model, 4, x)"
         )
+    if isinstance(split_points, str):
+        raise ValueError(f"split_points: expected a list of names, such as [{split_points!r}], got a string")
     if split_points is not None:
         if groups is not None and groups != len(split_points) + 1:
             raise ValueError(
                 f"groups={groups} disagrees with {len(split_points)} split points: expected {groups - 1} names"
             )
         groups = len(split_points) + 1
-    if groups is None or groups < 1:
+    if type(groups) is not int or groups < 1:
         raise ValueError(f"groups: expected an integer >= 1, got {groups}")
     graph, starts = _trace(model, groups)
     if groups > len(starts) + 1:
@@ -239,6 +241,10 @@ def _balance(
             for i, node in enumerate(starts)
             if _fits(spec, shapes[_before(graph, node)], num_classes)
         }
+    for spec in specs:
+        if not any(fitting == spec for fitting, _ in critic_cost):
+            # Says why it fits nowhere: an unknown name, say.
+            _head(spec, shapes[_before(graph, starts[-1])], num_classes, torch.device("meta"))
     ends = _partition(cost, groups, lambda k, i: critic_cost.get((specs[k], i), float("inf")))
     return [starts[i] for i in ends]
 

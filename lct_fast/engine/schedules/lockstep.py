@@ -34,19 +34,18 @@ class Lockstep:
     ) -> Stats:
         """Trains every group on one batch; it leaves no trace where ``refused``, 0-dim, is 1.
 
-        After an error the groups before the one that failed have learned from the batch, and training may go on with
-        another one.
+        After an error groups before the one that failed have been updated, and the next batch may come.
         """
         check_flags(self.workers)
-        if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
-            stats = self.serial.step(self.batch, x, y)
-        else:
-            try:
+        try:
+            if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
+                stats = self.serial.step(self.batch, x, y)
+            else:
                 stats = self._train(self.batch, x, y, refused, samples)
-            except Exception:
-                for worker in self.workers:
-                    worker.feedback.forget(self.batch)
-                raise
+        except BaseException:
+            for worker in self.workers:
+                worker.feedback.give_up(self.batch)
+            raise
         self.batch += 1
         return stats
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from lct_fast.engine.arguments import check_integer
 from lct_fast.engine.hybrid import Hybrid
 from lct_fast.engine.schedules.stage import DEPTH
 from lct_fast.engine.storage.replay import ReplayBuffer
@@ -85,13 +86,11 @@ def plan(
     _check_method(str(name), method, hybrid, pace, groups)
     pipelined = name == "pipelined"
     delay = feedback_delay if feedback_delay is not None else PIPELINED_DELAY if pipelined else 0
-    if delay < int(pipelined):
-        raise ValueError(f"feedback_delay: expected an integer >= {int(pipelined)}, got {delay}")
+    check_integer("feedback_delay", delay, int(pipelined))
     over_processes = name != "lockstep" and _several_processes()
     if pace is not None and over_processes and pace.slow_down > 1:
         raise ValueError("slow_down simulates a slow group in one process: over processes leave it out")
-    if replicas < 1:
-        raise ValueError(f"replicas: expected an integer >= 1, got {replicas}")
+    check_integer("replicas", replicas, 1)
     # A share of 0 is no hybrid.
     hybrid = hybrid if hybrid and hybrid.serial else None
     if replicas > 1 and method.sample_state:

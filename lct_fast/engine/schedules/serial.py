@@ -128,10 +128,16 @@ class SerialSteps:
         target = y.to(self.workers[-1].device)
         self.loss.begin(target)
         count = self.hybrid.microbatches
-        losses = [
-            back_propagate(self.parts, rows, labels, self.loss, batch)
-            for rows, labels in zip(x.contiguous().chunk(count), target.chunk(count), strict=True)
-        ]
+        try:
+            losses = [
+                back_propagate(self.parts, rows, labels, self.loss, batch)
+                for rows, labels in zip(x.contiguous().chunk(count), target.chunk(count), strict=True)
+            ]
+        except Exception:
+            # What a backward has left half way must not be added to the next batch's.
+            for worker in self.workers:
+                worker.group.zero_grad()
+            raise
         loss = self.loss.mean(losses)
         self.parts[-1].finite &= torch.isfinite(loss)
         check_finite(self.workers, [part.flags() for part in self.parts], batch)

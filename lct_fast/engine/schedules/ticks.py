@@ -79,6 +79,8 @@ class Ticks:
         self.waiting: list[_Cargo | None] = [None] * len(self.workers)
         # Not told yet, oldest first: more than one where the pipeline was drained.
         self.finished: list[Stats] = []
+        # Whether a tick failed half way: feedback is missing then, and batches are lost.
+        self.failed = False
         # Whether the caller may have changed something that the groups' streams have to wait for.
         self.settled = True
         self.serial = SerialSteps(workers) if workers[0].settings.hybrid else None
@@ -91,6 +93,7 @@ class Ticks:
         A serial batch goes through all groups at once, after those before it. A batch leaves no trace where
         ``refused``, 0-dim, is 1.
         """
+        self.check_whole()
         check_flags(self.workers, lambda k: self.devices[k].on(self.streams[k]))
         done: Stats | None
         if self.serial is not None and self.serial.hybrid.is_serial(self.batch):
@@ -123,9 +126,28 @@ class Ticks:
 
     def flush(self) -> None:
         """Every critic learns from all feedback it is owed."""
+        self.check_whole()
         self.finished = self.drain()
         for worker in self.workers:
             worker.flush(self.batch)
+
+    def check_whole(self) -> None:
+        """Refuses to go on behind a tick that failed half way.
+
+        Raises:
+            RuntimeError: until ``give_up``.
+        """
+        if self.failed:
+            raise RuntimeError(
+                "an earlier step failed, and what was on its way between the groups is lost: load a checkpoint, or "
+                "build the trainer anew"
+            )
+
+    def give_up(self) -> None:
+        """Forgets what is on its way and what failed: the state of a checkpoint takes its place."""
+        self.waiting = [None] * len(self.workers)
+        self.failed = False
+        self.drain()
 
     def _serial_step(self, serial: SerialSteps, x: Tensor, y: Tensor) -> Stats:
         self.finished = self.drain()
@@ -151,8 +173,12 @@ class Ticks:
             cargo, self.waiting[k] = self.waiting[k], None
             if cargo is None:
                 continue
-            with self.devices[k].on(self.streams[k]):
-                work = self._train(k, cargo)
+            try:
+                with self.devices[k].on(self.streams[k]):
+                    work = self._train(k, cargo)
+            except BaseException:
+                self._lose(k, cargo.batch)
+                raise
             if work.coded is None:
                 event = self.devices[k].event()
                 self.devices[k].record(event, self.streams[k])
@@ -162,6 +188,15 @@ class Ticks:
         if done is not None:
             done.wire_bytes, done.in_flight = sent, self._in_flight()
         return done
+
+    def _lose(self, k: int, batch: int) -> None:
+        """Group ``k`` failed. Group 1 comes last in a tick: what has not left it is lost alone, as in lockstep. Behind
+        it, the groups before wait for feedback that never comes."""
+        if k == 0 and self.waiting[1:2] in ([], [None]):
+            self.workers[0].feedback.give_up(batch)
+            return
+        self.failed = True
+        self.waiting = [None] * len(self.workers)
 
     def _train(self, k: int, cargo: _Cargo) -> Work:
         worker, batch, stream = self.workers[k], cargo.batch, self.streams[k]

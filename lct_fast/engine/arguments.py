@@ -1,0 +1,61 @@
+"""What ``Trainer`` is given, refused where it cannot be meant: before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lct_fast.engine.network.group import Group, units_of
+from lct_fast.methods import Method
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Refuses anything but all groups of one ``lct.split``, in order.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if isinstance(groups, Group) or not isinstance(groups, Sequence) or not groups:
+        got = "none" if not groups else f"a {type(groups).__name__}"
+        raise ValueError(f"groups: expected at least one group of lct.split, got {got}")
+    odd = next((g for g in groups if not isinstance(g, Group)), None)
+    if odd is not None:
+        raise ValueError(f"groups: expected those of lct.split, got a {type(odd).__name__} among them")
+    cut = groups[0].cut
+    whole = [units_of(nodes) for nodes in cut.groups()]
+    if any(g.cut is not cut for g in groups) or [g.units for g in groups] != whole:
+        raise ValueError(
+            f"groups: expected all {len(whole)} of one lct.split, in order (starting at "
+            f"{', '.join(u[0] for u in whole if u)}), got {len(groups)} (starting at "
+            f"{', '.join(g.units[0] for g in groups if g.units)})"
+        )
+
+
+def check_method(method: Method) -> None:
+    """Refuses anything but an object of a method.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"method: expected one such as lct.LocalCritic(), got {method!r}")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Refuses what is no integer, or less than ``least``.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if type(value) is bool or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuses what is no number above 0.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if type(value) is bool or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
