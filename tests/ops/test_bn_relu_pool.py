@@ -10,7 +10,9 @@ from torch.nn.functional import avg_pool2d, batch_norm, relu
 from lct_fast import _native, ops
 from tests.ladder import Place, assert_same_bits
 from tests.ops.bn_relu_pool_case import DTYPES, FORMATS, GRADIENTS, SHAPES, Case, check, make
+from tests.ops.places import place_of
 
+place = place_of("bn_relu_pool")
 Shape = tuple[int, int, int, int, int]
 
 

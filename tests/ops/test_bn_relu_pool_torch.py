@@ -11,7 +11,9 @@ from torch._dynamo.backends.common import aot_autograd
 from lct_fast import ops
 from tests.ladder import Place, assert_same_bits
 from tests.ops.bn_relu_pool_case import FORMATS, Case, make
+from tests.ops.places import place_of
 
+place = place_of("bn_relu_pool")
 CHECKED = dict.fromkeys(
     ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"), "SUCCESS"
 )

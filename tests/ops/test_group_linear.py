@@ -11,7 +11,9 @@ from torch.nn.functional import linear
 from lct_fast import _native, ops
 from tests.ladder import Place, assert_same_bits
 from tests.ops.group_linear_case import ACTIVATIONS, DTYPES, GRADIENTS, SHAPES, Case, check, make
+from tests.ops.places import place_of
 
+place = place_of("group_linear")
 Shape = tuple[int, int, int, int]
 
 

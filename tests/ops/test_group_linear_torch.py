@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lct_fast import ops
 from tests.ladder import Place, assert_same_bits
 from tests.ops.group_linear_case import ACTIVATIONS, DTYPES, Case, make
+from tests.ops.places import place_of
 
+place = place_of("group_linear")
 CHECKED = dict.fromkeys(
     ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"), "SUCCESS"
 )
