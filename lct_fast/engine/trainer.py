@@ -214,7 +214,14 @@ class Trainer:
         self.ranks: Ranks | None = None
         if planned.over_processes:
             units = [g.units for g in self.groups]
-            self.ranks = Ranks.join(units, places[0], replicas, start_timeout, step_timeout)
+            terms = {
+                "method": method.name,
+                "schedule": repr(schedule),
+                "feedback_delay": str(planned.feedback_delay),
+                "accumulate": str(accumulate),
+                "codec": ", ".join(self.wires),
+            }
+            self.ranks = Ranks.join(units, terms, places[0], replicas, start_timeout, step_timeout)
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         self.workers = [
             Worker(
