@@ -274,3 +274,38 @@ def _mismatches() -> list[str]:
             lct.Trainer(nets.groups(lct.Greedy(), 2), **arguments)
         messages.append(str(caught.value))
     return messages
+
+
+def test_nothing_goes_down_a_stream_that_has_ended(threads: None) -> None:
+    first, last = run_processes(_after_the_end, 2)
+    assert [m.partition(":")[0] for m in first] == ["step", "flush", "evaluate", "mark", "set_learning_rate"]
+    assert all("the stream has ended with stop(); build the trainer anew" in m for m in (*first, *last))
+    assert len(last) == 1
+
+
+def _after_the_end() -> list[str]:
+    trainer = Case(lct.LocalCritic).trainer(2, "pipelined")
+    x, y = nets.batches(1)[0]
+    if not trainer.first:
+        list(trainer.events())
+        calls: list[Any] = [lambda: next(trainer.events())]
+    else:
+        trainer.step(x, y)
+        trainer.flush()
+        trainer.stop()
+        trainer.stop()
+        calls = [
+            lambda: trainer.step(x, y),
+            trainer.flush,
+            lambda: trainer.evaluate([(x, y)]),
+            lambda: trainer.mark(1),
+            lambda: trainer.set_learning_rate(0.1),
+        ]
+    before = nets.state(trainer)
+    messages = []
+    for call in calls:
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        messages.append(str(caught.value))
+    assert nets.same(nets.state(trainer), before)
+    return messages
