@@ -214,7 +214,14 @@ class Trainer:
         self.ranks: Ranks | None = None
         if planned.over_processes:
             units = [g.units for g in self.groups]
-            self.ranks = Ranks.join(units, places[0], replicas, start_timeout, step_timeout)
+            terms = {
+                "method": method.name,
+                "schedule": repr(schedule),
+                "feedback_delay": str(planned.feedback_delay),
+                "accumulate": str(accumulate),
+                "codec": ", ".join(self.wires),
+            }
+            self.ranks = Ranks.join(units, terms, places[0], replicas, start_timeout, step_timeout)
         mine = range(count) if self.ranks is None else (self.ranks.rank,)
         self.workers = [
             Worker(
@@ -302,6 +309,8 @@ class Trainer:
             raise RuntimeError(
                 "step belongs to the first group's process: follow it with `for event in events()`"
             )
+        if isinstance(self._run, Stage):
+            self._stage("step")
         self.writer.check()
         if isinstance(self._run, Lockstep | Ticks):
             y, refused = self._check(x, y, self.batch)
@@ -419,6 +428,8 @@ class Trainer:
 
     def flush(self) -> None:
         """Applies the feedback still in flight. For the end of a run, not between epochs."""
+        if isinstance(self._run, Stage):
+            self._stage("flush")
         self._run.flush()
         self._read_flags()
 
@@ -427,7 +438,9 @@ class Trainer:
         self._stage("mark").mark(code)
 
     def stop(self) -> None:
-        """Over processes: the end of the stream; ``events`` ends everywhere."""
+        """Over processes: the end of the stream; ``events`` ends everywhere. A second time it does nothing."""
+        if isinstance(self._run, Stage) and self._run.ended:
+            return
         stage = self._stage("stop")
         self.finish_saving()
         stage.stop()
@@ -440,6 +453,8 @@ class Trainer:
         """
         if not 0 <= rate < float("inf"):
             raise ValueError(f"learning rate: expected a number >= 0, got {rate}")
+        if isinstance(self._run, Stage):
+            self._stage("set_learning_rate")
         if isinstance(self._run, Stage | Asynchronous):
             self._run.set_learning_rate(rate)
             return
@@ -455,7 +470,7 @@ class Trainer:
         if not self.carries:
             return
         if isinstance(self._run, Stage):
-            self._run.begin_sequence()
+            self._stage("begin_sequence").begin_sequence()
             return
         self.settle()
         for worker in self.workers:
@@ -565,6 +580,8 @@ class Trainer:
     def _stage(self, name: str) -> Stage:
         if not isinstance(self._run, Stage):
             raise RuntimeError(f"{name} is for a pipelined run over processes; this one runs in one process")
+        if self._run.ended:
+            raise RuntimeError(f"{name}: the stream has ended with stop(); build the trainer anew to go on")
         return self._run
 
 

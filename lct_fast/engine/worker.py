@@ -83,12 +83,12 @@ class Worker:
         joint = settings.method.joint_optimizer or group.last
         trained = (group if joint else group.layers).parameters()
         params = [p for p in trained if p.requires_grad]
-        self.optimizer = settings.optimizer(params) if params else None
+        self.optimizer = _made("optimizer", settings.optimizer, params) if params else None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if not joint and settings.method.critic_optimizer is not None:
             self.critic_optimizer = settings.method.critic_optimizer(group.critic.parameters())
         make = settings.scheduler
-        self.schedulers = [make(self.optimizer)] if make and self.optimizer else []
+        self.schedulers = [_made("scheduler", make, self.optimizer)] if make and self.optimizer else []
         # As they run: compiled, or the group's own; under DistributedDataParallel where there are replicas.
         layers: Any = group.layers
         fused = group.fused
@@ -501,6 +501,14 @@ class Worker:
             f"{what} of group {self.index + 1} at batch {batch} is NaN or Inf: the group was not updated; "
             f"lower its learning rate and go on from the last checkpoint"
         )
+
+
+def _made(name: str, factory: Callable[[Any], Any], given: Any) -> Any:
+    """What a user's ``factory`` makes; one that forgets to return it would leave the group untrained."""
+    made = factory(given)
+    if made is None:
+        raise ValueError(f"{name}: expected a function that returns one, got None from {factory!r}")
+    return made
 
 
 def _told(h: Tensor) -> str:

@@ -237,6 +237,18 @@ def test_refusals_name_the_cause(threads: None) -> None:
     messages = run_processes(_mismatches, 2)
     assert all("expected 4 processes for 4 groups, got 2" in m[0] for m in messages)
     assert all("rank 1 cuts the model differently from rank 0" in m[1] for m in messages)
+    for said, expected in zip(messages[0][2:], _DIFFERENT, strict=True):
+        assert said == f"{expected}: give every process the same"
+    assert messages[0] == messages[1]
+
+
+_DIFFERENT = [
+    "method: rank 0 has greedy, rank 1 has local-critic",
+    "accumulate: rank 0 has 1, rank 1 has 2",
+    "feedback_delay: rank 0 has 3, rank 1 has 4",
+    "codec: rank 0 has none, rank 1 has int8",
+    "schedule: rank 0 has 'pipelined', rank 1 has Hybrid(serial=0.1, schedule='pipelined', block=16, microbatches=1)",
+]
 
 
 def _mismatches() -> list[str]:
@@ -249,4 +261,51 @@ def _mismatches() -> list[str]:
     with pytest.raises(ValueError) as caught:
         lct.Trainer(groups, lct.Greedy(), schedule="pipelined")
     messages.append(str(caught.value))
+    other: list[dict[str, Any]] = [
+        {"method": lct.LocalCritic()},
+        {"accumulate": 2},
+        {"feedback_delay": 4},
+        {"codec": "int8"},
+        {"schedule": lct.Hybrid(0.1, "pipelined")},
+    ]
+    for more in other:
+        arguments = {"method": lct.Greedy(), "schedule": "pipelined"} | (more if dist.get_rank() else {})
+        with pytest.raises(ValueError) as caught:
+            lct.Trainer(nets.groups(lct.Greedy(), 2), **arguments)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_nothing_goes_down_a_stream_that_has_ended(threads: None) -> None:
+    first, last = run_processes(_after_the_end, 2)
+    assert [m.partition(":")[0] for m in first] == ["step", "flush", "evaluate", "mark", "set_learning_rate"]
+    assert all("the stream has ended with stop(); build the trainer anew" in m for m in (*first, *last))
+    assert len(last) == 1
+
+
+def _after_the_end() -> list[str]:
+    trainer = Case(lct.LocalCritic).trainer(2, "pipelined")
+    x, y = nets.batches(1)[0]
+    if not trainer.first:
+        list(trainer.events())
+        calls: list[Any] = [lambda: next(trainer.events())]
+    else:
+        trainer.step(x, y)
+        trainer.flush()
+        trainer.stop()
+        trainer.stop()
+        calls = [
+            lambda: trainer.step(x, y),
+            trainer.flush,
+            lambda: trainer.evaluate([(x, y)]),
+            lambda: trainer.mark(1),
+            lambda: trainer.set_learning_rate(0.1),
+        ]
+    before = nets.state(trainer)
+    messages = []
+    for call in calls:
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        messages.append(str(caught.value))
+    assert nets.same(nets.state(trainer), before)
     return messages

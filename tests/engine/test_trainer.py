@@ -424,6 +424,8 @@ def test_arguments_that_cannot_be_meant_are_refused() -> None:
         *(({"accumulate": v}, "accumulate: expected an integer >= 1") for v in (1.5, True, "2")),
         *(({"feedback_delay": v}, "feedback_delay: expected an integer >= 0") for v in (1.5, "2")),
         ({"diagnose": 1.5}, "diagnose: expected an integer >= 0"),
+        ({"optimizer": lambda p: None}, "optimizer: expected a function that returns one, got None"),
+        ({"scheduler": lambda o: None}, "scheduler: expected a function that returns one, got None"),
         ({"devices": "cpu"}, r"devices: expected a list, such as \['cpu'\]"),
     ]:
         with pytest.raises(ValueError, match=message):

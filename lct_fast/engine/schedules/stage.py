@@ -52,6 +52,8 @@ class Stage:
     def __init__(self, worker: Worker, ranks: Ranks) -> None:
         self.worker, self.ranks = worker, ranks
         self.batch = 0
+        # Whether the stream is over: nobody is there to hear what comes after.
+        self.ended = False
         self.first, self.last = ranks.rank == 0, ranks.rank == ranks.size - 1
         self._scores = torch.zeros(ranks.size, 4, dtype=torch.float64)
         # Feedback of at most this many batches can have come and not be due yet.
@@ -347,6 +349,7 @@ class Stage:
         for end in (self.outbox, self.owing, self.inbox, self.feedback):
             if end is not None:
                 end.close()
+        self.ended = True
         atexit.unregister(self._abandon)
         self.ranks.heart.end()
 

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -88,6 +88,7 @@ class Ranks:
     @staticmethod
     def join(
         units: Sequence[Sequence[str]],
+        terms: Mapping[str, str],
         device: torch.device,
         replicas: int = 1,
         start_timeout: float = 600.0,
@@ -97,12 +98,14 @@ class Ranks:
 
         Args:
             units: names of the modules in each group, which must be the same on every rank.
+            terms: arguments that must be the same, by name.
             device: this rank's.
             replicas: number of pipelines.
             start_timeout, step_timeout: seconds, see ``Trainer``.
 
         Raises:
-            ValueError: as many ranks as groups in all replicas are needed, or the ranks cut the model differently.
+            ValueError: as many ranks as groups in all replicas are needed, or the ranks cut the model differently or
+                were given other arguments.
         """
         rank, size = dist.get_rank(), dist.get_world_size()
         count = len(units)
@@ -133,8 +136,8 @@ class Ranks:
         replica, k = divmod(rank, count)
         partners = Replicas(replica, columns[k], mesh.get_group("replica"), same_group)
         run = uuid.uuid4().hex
-        mine = (socket.gethostname(), str(device), os.getpid(), [list(u) for u in units], run)
-        everyone: list[tuple[str, str, int, list[list[str]], str]] = [mine] * size
+        mine = (socket.gethostname(), str(device), os.getpid(), [list(u) for u in units], run, dict(terms))
+        everyone: list[tuple[str, str, int, list[list[str]], str, dict[str, str]]] = [mine] * size
         dist.all_gather_object(everyone, mine, group=world)
         for other, theirs in enumerate(everyone):
             if theirs[3] != everyone[0][3]:
@@ -142,6 +145,12 @@ class Ranks:
                     f"rank {other} cuts the model differently from rank 0 (groups start at "
                     f"{_starts(theirs[3])}, not {_starts(everyone[0][3])}): give split_points, measured ones vary"
                 )
+            for name, value in everyone[0][5].items():
+                got = theirs[5].get(name)
+                if got != value:
+                    raise ValueError(
+                        f"{name}: rank 0 has {value}, rank {other} has {got}: give every process the same"
+                    )
         pipeline = pipelines[replica]
         hosts = [everyone[r][0] for r in pipeline]
         places = [f"{host}, {where}, process {pid}" for host, where, pid, *_ in everyone]
