@@ -13,7 +13,8 @@ stop      SIGSTOP; torchrun kills it after 30 s, for which only the first drill 
 cut       its connections to the other processes are shut down
 full      its disk is full while it writes a checkpoint
 flip      one bit of a packet changes on its way
-damage    SIGKILL, and a bit or the end of the newest checkpoint is lost before the run goes on
+damage    SIGKILL, and a bit or the end of the newest checkpoint is lost before the run goes on; where that is the only
+          one, it must say that none is left
 """
 
 from __future__ import annotations
@@ -136,7 +137,12 @@ def meet(drill: Drill, folder: Path, step_timeout: float, wait: bool) -> dict[st
     if not restarts:
         if launcher.returncode == 0:
             raise DrillError("the run ended as if nothing had happened")
+        alone = len(list((run / "checkpoints").glob("step-*"))) == 1
         measured["damaged"] = _damage(drill, run) if drill.kind == "damage" else None
+        measured["none_left"] = bool(measured["damaged"]) and alone
+        if measured["none_left"]:
+            _refused(options)
+            return measured
         _go_on(drill, run, options, logs, measured["damaged"])
     difference = compare(run, whole)
     if difference:
@@ -236,6 +242,15 @@ def _go_on(drill: Drill, run: Path, options: list[str], logs: Path, damaged: str
         raise DrillError(f"nothing was said of {damaged}: {said[-500:]}")
 
 
+def _refused(options: list[str]) -> None:
+    """Resumes the run in one process, where no checkpoint is whole."""
+    alone = [sys.executable, "-m", "lct_fast", "train", *options, "--resume"]
+    alone[alone.index("pipelined")] = "lockstep"
+    done = subprocess.run(alone, capture_output=True, text=True, timeout=600)
+    if done.returncode != 2 or "holds no whole checkpoint: start again" not in done.stderr:
+        raise DrillError(f"without a checkpoint it went on, or did not say why not: {done.stderr[-500:]}")
+
+
 def _checked(command: Sequence[str], what: str) -> str:
     done = subprocess.run(list(command), capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
@@ -324,6 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "passed": True,
                 "error": "",
                 "step_timeout": args.step_timeout,
+                "commit": commit(),
             }
             try:
                 record |= meet(drill, Path(folder), args.step_timeout, wait=drill.seed == args.seed)
@@ -346,7 +362,6 @@ def _store(out: Path, drills: list[dict[str, Any]]) -> None:
         "packets_have_checksums": sealed(),
         "kinds": summary(drills),
         "versions": versions(),
-        "commit": commit(),
         "drills": drills,
     }
     partial = out.with_suffix(".tmp")

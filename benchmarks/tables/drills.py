@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.tables.markdown import listed, paragraph, table
+from benchmarks.tables.markdown import listed, paragraph, table, word
 from benchmarks.tables.results import Results
 
 KINDS = {
@@ -31,6 +31,7 @@ def words(results: Results) -> str:
     runs = report["drills"]
     passed = sum(run["passed"] for run in runs)
     coded = [run["codec"] for run in runs if run.get("codec", "none") != "none"]
+    lost = [run for run in runs if run.get("none_left")]
     sizes = sorted({run["size"] for run in runs})
     (timeout,) = {run["step_timeout"] for run in runs}
     last = max(kind["survivors_seconds_max"] for kind in report["kinds"].values())
@@ -47,6 +48,9 @@ def words(results: Results) -> str:
         f"the fault, with a step timeout of {timeout:g} s) and named the right rank, and the run that went on "
         "ended with "
         "the bits of an undisturbed one.",
+        f"In {word(len(lost))} of them the damaged checkpoint was the only one, and the run refused to go on without."
+        if lost
+        else "",
         f"**Not passed**: {len(runs) - passed}, of {listed(failed)}." if failed else "",
         "[benchmarks/results/fault_drills.json](benchmarks/results/fault_drills.json)",
     )

@@ -15,7 +15,7 @@ def _found(content: Any, key: str) -> list[Any]:
     if not isinstance(content, dict):
         return []
     values = [content[key]] if key in content else []
-    for part in ("machine", "costs_from", "runs", "screen", "seeds", "finals"):
+    for part in ("machine", "costs_from", "runs", "drills", "screen", "seeds", "finals"):
         inner = content.get(part, [])
         for each in inner if isinstance(inner, list) else [inner]:
             values += _found(each, key)
