@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,8 @@ def set_up(config: Config) -> list[torch.device]:
         if d.type == "cuda" and (d.index or 0) >= count:
             raise ConfigError(f"device {d}: this machine shows {count} CUDA devices; use --device cpu")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Read when a device's cuBLAS is first used; without it products on several streams may differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Deterministic mode would also fill every torch.empty with NaN, which nothing here reads.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

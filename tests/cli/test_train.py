@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 import lct_fast as lct
 from lct_fast import exported
 from lct_fast.cli import main
+from lct_fast.cli.build import set_up
 from lct_fast.cli.config import resolve
+from lct_fast.cli.options import Config
 from lct_fast.engine import checkpoint
 
 SMALL = ["--data", "digits", "--model", "digits_cnn:width=0.25", "--limit", "320", "--threads", "1"]
@@ -419,3 +421,13 @@ def test_accuracy_is_reported_with_and_without_the_codec(tmp_path: Path) -> None
     # Exit 1 comes before anything is sent; behind the cut 2 bits a value cannot be the same.
     assert len(coded) == 2 and coded[0] == plain[0] and coded[1] != plain[1]
     assert summary["test_accuracy"] == plain[1] and summary["codec_choices"] == [None]
+
+
+def test_runs_are_deterministic_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in ((None, ":4096:8"), (":16:8", ":16:8")):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
+        if given is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        assert set_up(Config(device="cpu", threads=1)) == [torch.device("cpu")]
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
+        assert torch.are_deterministic_algorithms_enabled()
