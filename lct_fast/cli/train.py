@@ -109,6 +109,8 @@ def train(
         print(
             "diagnose: gradient norms only, as cosines to the true gradient are taken in lockstep", flush=True
         )
+    if resume and processes.is_first() and not quiet:
+        print(f"goes on from {found}" if found else "there is no checkpoint yet: begins anew", flush=True)
     told = _tell_eager(config, trainer, [], quiet)
     recorder = Recorder(config, folder, trainer, per_epoch, steps, quiet, facts.text)
     if found is not None:

@@ -445,6 +445,22 @@ class Trainer:
         self.finish_saving()
         stage.stop()
 
+    def close(self) -> None:
+        """Over processes: ends this trainer's threads and process groups; its connections go with the object.
+
+        For a program that builds several trainers; at a program's end nothing is needed. Every process calls it, after
+        ``stop`` and what follows it (``gather``, ``gather_meter``). In one process there is nothing to give back.
+
+        Raises:
+            RuntimeError: before ``stop``. PeerError: another process has gone.
+        """
+        if not isinstance(self._run, Stage) or self.ranks is None:
+            return
+        if not self._run.ended:
+            raise RuntimeError("close comes after stop(), or the end of events()")
+        if self.ranks.made:
+            self.ranks.close()
+
     def set_learning_rate(self, rate: float) -> None:
         """The learning rate of every group's optimiser from the next batch on; critics keep theirs.
 

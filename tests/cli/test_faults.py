@@ -253,6 +253,17 @@ def test_a_full_disk_under_a_checkpoint_is_one_line_and_the_run_goes_on_later(
     assert compare(tmp_path / "run", tmp_path / "whole") == ""
 
 
+def test_a_run_that_goes_on_says_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _stop_at(5, tmp_path / "run")
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert _train(tmp_path / "run", "--resume") == 0
+    assert f"goes on from {newest}\n" in capsys.readouterr().out
+    _stop_at(1, tmp_path / "early")
+    assert _train(tmp_path / "early", "--resume") == 0
+    assert "there is no checkpoint yet: begins anew\n" in capsys.readouterr().out
+
+
 def test_what_a_killed_run_left_is_removed_when_the_run_goes_on(tmp_path: Path) -> None:
     _stop_at(5, tmp_path / "run")
     left = tmp_path / "run" / "checkpoints" / ".partial-9-step-00000005"

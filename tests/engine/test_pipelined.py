@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -309,3 +312,39 @@ def _after_the_end() -> list[str]:
         messages.append(str(caught.value))
     assert nets.same(nets.state(trainer), before)
     return messages
+
+
+def test_a_closed_trainer_leaves_no_connection_and_no_thread(threads: None) -> None:
+    for found in run_processes(_one_after_the_other, 2):
+        assert found["early"] == "close comes after stop(), or the end of events()"
+        # Each trainer holds some 30 files; one or two of the store's close a moment later.
+        files = [f for f, *_ in found["held"]]
+        assert max(files) - min(files) < 10, files
+        # No thread, and no process group but the program's own.
+        assert [rest for _, *rest in found["held"]] == [[0, 1]] * 3
+
+
+def _one_after_the_other() -> dict[str, Any]:
+    held, early = [], ""
+    for hybrid in (None, None, lct.Hybrid(0.5, block=1)):
+        trainer = Case(lct.LocalCritic, hybrid=hybrid).trainer(2, "pipelined")
+        if not early:
+            with pytest.raises(RuntimeError) as caught:
+                trainer.close()
+            early = str(caught.value)
+        if trainer.first:
+            for x, y in nets.batches(3):
+                trainer.step(x, y)
+            trainer.flush()
+            trainer.stop()
+        else:
+            list(trainer.events())
+        trainer.gather()
+        trainer.close()
+        trainer.close()
+        del trainer
+        gc.collect()
+        heartbeats = sum(t.name == "heartbeat" for t in threading.enumerate())
+        groups = len(dist.distributed_c10d._world.pg_map)
+        held.append((len(os.listdir("/proc/self/fd")), heartbeats, groups))
+    return {"held": held, "early": early}

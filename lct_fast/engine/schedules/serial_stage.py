@@ -29,6 +29,7 @@ class SerialStage:
         self.worker, self.ranks, self.hybrid = worker, ranks, hybrid
         backend = "nccl" if worker.device.type == "cuda" else "gloo"
         self.process_group = dist.new_group(backend=backend)
+        ranks.made.append(self.process_group)
         self.part = Part(worker)
         self.loss = SerialLoss(worker.settings.objective, worker.settings.accumulate)
         self._agreed: tuple[Any, ...] | None = None

@@ -70,6 +70,7 @@ class Ranks:
         ahead: seconds this process's clock is ahead of that of the pipeline's first process.
         places: per rank of the pipeline "host, device, process id". everywhere: the same, per global rank.
         heart: this process's beats, and its watch over those of all others.
+        made: every process group that was made for this run.
     """
 
     rank: int
@@ -84,6 +85,20 @@ class Ranks:
     places: list[str]
     everywhere: list[str]
     heart: Heartbeat
+    made: list[dist.ProcessGroup]
+
+    def close(self) -> None:
+        """Ends the thread and the connections of this run, once all ranks are here.
+
+        Raises:
+            PeerError: another rank is lost.
+        """
+        with self.heart.together():
+            dist.barrier(group=self.world)
+        self.heart.close()
+        for group in self.made:
+            dist.destroy_process_group(group)
+        self.made = []
 
     @staticmethod
     def join(
@@ -172,7 +187,22 @@ class Ranks:
             [places[r] for r in pipeline],
             places,
             heart,
+            _distinct(
+                mesh.get_group("replica"),
+                mesh.get_group("group"),
+                forward,
+                backward,
+                control,
+                same_group,
+                world,
+            ),
         )
+
+
+def _distinct(*groups: dist.ProcessGroup) -> list[dist.ProcessGroup]:
+    """Each once, and not the program's own group of all processes."""
+    own = {id(g): g for g in groups if g is not dist.group.WORLD}
+    return list(own.values())
 
 
 def _starts(units: list[list[str]]) -> list[str]:
