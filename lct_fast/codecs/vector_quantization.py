@@ -107,6 +107,9 @@ class VectorQuantization(Codec):
             )
 
     def encode(self, h: Tensor, *, learn: bool = True) -> Encoded:
+        if self.patch > 1:
+            # Feature maps may change their size from batch to batch.
+            self.check(tuple(h.shape[1:]))
         x = _rows(h, self.patch)
         if not learn:
             if self.sent is None:

@@ -496,6 +496,9 @@ def test_patches_that_do_not_fit() -> None:
             codec.check(shape)
     with pytest.raises(ValueError, match="D has to divide the channels times 4, got 20 of"):
         codec.check((5, 8, 8))
+    for learn in (True, False):
+        with pytest.raises(ValueError, match=r"patches need feature maps .*, got \(4, 7, 8\)"):
+            codecs.build("vq:16,4,2").encode(torch.randn(4, 4, 7, 8), learn=learn)
     encoded = codecs.build("vq:16,4,2").encode(torch.randn(4, 4, 8, 8))
     layout = replace(encoded.layout, shape=(4, 4, 16, 4))
     for shape in ((4, 4, 64), (4, 4, 1, 64), (4, 4, 64, 1)):

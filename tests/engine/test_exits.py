@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lct_fast.engine.network.exits import accuracy, ensemble, progressive
+from lct_fast.engine.network.exits import accuracy, ensemble, progressive, score, summed
+from lct_fast.methods import Objective
 
 # Two exits, four samples, two classes; probabilities of class 1 given as logits.
 FIRST = torch.tensor([[0.0, 5.0], [0.0, 0.1], [5.0, 0.0], [0.2, 0.0]])
@@ -29,3 +30,15 @@ def test_ensemble_sums_logits() -> None:
 def test_threshold_must_be_a_probability(threshold: float) -> None:
     with pytest.raises(ValueError, match=r"expected a value in \(0, 1\]"):
         progressive([FIRST], LABELS, threshold)
+
+
+def test_rows_with_the_ignored_label_count_in_neither_mean() -> None:
+    labels = torch.tensor([1, -100, 0, -100])
+    objective = Objective()
+    found = summed(torch.stack([score(FIRST, labels, objective), score(LAST, labels, objective)]))
+    assert found.samples == 4 and found.accuracy == [1.0, 0.0]
+    few = torch.tensor([0, 2])
+    alone = summed(score(FIRST[few], labels[few], objective)[None])
+    assert found.loss[0] == alone.loss[0] and alone.samples == 2
+    nothing = summed(score(FIRST, torch.full((4,), -100), objective)[None])
+    assert nothing.accuracy == [0.0] and nothing.loss == [0.0]

@@ -16,7 +16,10 @@ from lct_fast.methods.objective import flat
 
 @dataclass(slots=True)
 class Evaluation:
-    """Per exit: mean loss and accuracy (fractions), over ``samples`` samples; of tokens, over all of these."""
+    """Per exit: mean loss and accuracy (fractions), over ``samples`` samples; of tokens, over all of these.
+
+    Both leave out rows with the ignored label.
+    """
 
     samples: int
     loss: list[float]
@@ -92,7 +95,8 @@ def summed(scores: Tensor) -> Evaluation:
     if not len(scores):
         raise ValueError("evaluation: expected at least one batch, got none")
     loss, correct, counted, rows = scores.cpu().unbind(1)
-    return Evaluation(int(rows[0]), (loss / counted.clamp(min=1)).tolist(), (correct / rows).tolist())
+    counted = counted.clamp(min=1)
+    return Evaluation(int(rows[0]), (loss / counted).tolist(), (correct / counted).tolist())
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
