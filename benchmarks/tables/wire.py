@@ -88,15 +88,12 @@ def ahead_words(results: Results) -> str:
             found = [f for _, other, f in _beside(results, file) if other["codec"].startswith(kind)]
             if found:
                 means = [f["plain"]["mean"] for f in found]
-                sure = [
-                    f
-                    for f in found
-                    if f["plain"]["half_width"] is not None
-                    and abs(f["plain"]["mean"]) > f["plain"]["half_width"]
-                ]
+                told = [f["plain"] for f in found if f["plain"]["half_width"] is not None]
+                sure = sum(abs(p["mean"]) > p["half_width"] for p in told)
+                certainty = f"{word(sure) if sure else 'none'} of {word(len(told))} told from 0 with 95 %"
                 said.append(
                     f"On {data}, beside `{kind}`: {between(means, '+.2f')} points, "
-                    f"{word(len(sure)) if sure else 'none'} of {word(len(found))} told from 0 with 95 %."
+                    f"{certainty if told else 'one seed each'}."
                 )
     return paragraph(*said)
 
