@@ -18,8 +18,12 @@ from lct_fast.cli.config import Config, ConfigError, read_yaml, resolve, write_y
 from lct_fast.engine.schedules.schedule import PIPELINED_DELAY
 from lct_fast.report import tensorboard
 
-# Options that may change when a run goes on: they change no bit of it.
-_FREE = {"schedule", "start_timeout", "step_timeout", "diagnose"}
+# Options that may change when a run goes on. They change no bit of it, but for the last two: on another machine
+# sums may be taken in another order.
+_FREE = {
+    *("schedule", "start_timeout", "step_timeout", "diagnose", "checkpoint_every"),
+    *("device", "threads"),
+}
 
 
 # Seconds in which the processes of a run whose launcher was killed end on their own.
@@ -119,7 +123,6 @@ class RunFolder:
             raise ConfigError(f"cannot write the run folder {self.path}: Permission denied")
         stored = resolve(read_yaml(self.path / "config.yaml"))
         wanted = resolve(given)
-        # How a run is spread over processes is no part of what it computes.
         for key in given.keys() & _FREE:
             setattr(stored, key, getattr(wanted, key))
         if stored.schedule == "pipelined" and stored.feedback_delay < 1:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,20 @@ def test_a_run_is_never_overwritten_and_resume_keeps_its_options(
     wide = (run / "config.yaml").read_text().replace("width=0.25", "width=0.5")
     (run / "config.yaml").write_text(wide)
     assert "checkpoint of another model" in _refused(capsys, "train", "--out", str(run), "--resume")
+
+
+def test_what_changes_no_bit_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _train(run, "--steps", "6", "--checkpoint-every", "2") == 0
+    whole = _weights(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    assert _train(run, "--steps", "6", "--checkpoint-every", "1", "--device", "cpu", "--resume") == 0
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == [
+        "step-00000005",
+        "step-00000006",
+    ]
+    assert whole.keys() == _weights(run).keys()
+    assert all(torch.equal(t, whole[name]) for name, t in _weights(run).items())
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(
