@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lct_fast import codecs
 from lct_fast.engine.network.group import Group, units_of
 from lct_fast.methods import Method
 
@@ -59,3 +60,34 @@ def check_positive(name: str, value: Any) -> None:
     """
     if type(value) is bool or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Refuses what is no time to wait for.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive number of seconds, got {value}")
+
+
+def specs_of_cuts(codec: str | Sequence[str], before: Sequence[Group]) -> list[str]:
+    """The codec's spec for each cut, given the groups before the cuts.
+
+    Raises:
+        ValueError: a spec that is unknown or does not fit what crosses, or another number of them.
+    """
+    specs = [codec] if isinstance(codec, str) else list(codec)
+    for spec in specs:
+        # Refused also where nothing is cut.
+        if spec != "auto":
+            codecs.build(spec)
+    if len(specs) == 1:
+        specs *= len(before)
+    if len(specs) != len(before):
+        raise ValueError(f"codec: expected one spec or one for each of {len(before)} cuts, got {len(specs)}")
+    for group, spec in zip(before, specs, strict=True):
+        if spec != "auto":
+            codecs.build(spec).check(group.shape)
+    return specs

@@ -107,6 +107,22 @@ def _reason(chosen: str, predicted: dict[str, float], cost: Costs) -> str:
     )
 
 
+def decide(
+    workers: Sequence[Worker],
+    specs: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    example: Tensor,
+    ranks: Ranks | None,
+) -> list[Choice]:
+    """The measured choice for each cut, the same in all processes; arguments as of ``measure``."""
+    choices = choose(measure(workers, specs, shapes, example, ranks))
+    if ranks is not None:
+        # Of replicas the first decides, as all must have the same.
+        with ranks.heart.together():
+            dist.broadcast_object_list(choices, 0, group=ranks.world)
+    return choices
+
+
 def measure(
     workers: Sequence[Worker],
     specs: Sequence[str],

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from lct_fast import codecs
 from lct_fast.engine import auto_codec
-from lct_fast.engine.arguments import check_groups, check_integer, check_method, check_positive
+from lct_fast.engine.arguments import (
+    check_groups,
+    check_integer,
+    check_method,
+    check_positive,
+    check_seconds,
+    specs_of_cuts,
+)
 from lct_fast.engine.auto_codec import Choice
 from lct_fast.engine.batch_check import BatchCheck
 from lct_fast.engine.hybrid import Hybrid
@@ -175,9 +182,8 @@ class Trainer:
             raise ValueError(f"devices: expected a list, such as [{devices!r}], got {devices!r}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16 or None, got {autocast}")
-        for name, seconds in (("start_timeout", start_timeout), ("step_timeout", step_timeout)):
-            if not 0 < seconds < float("inf"):
-                raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
+        check_seconds("start_timeout", start_timeout)
+        check_seconds("step_timeout", step_timeout)
         if method.sample_state and "auto" in ([codec] if isinstance(codec, str) else codec):
             raise ValueError(f"codec auto measures steps that {method.name} does not make: name a codec")
         self.method = method
@@ -186,7 +192,7 @@ class Trainer:
             self.groups = [g.without_critic() for g in self.groups]
         method.check([g.critic for g in self.groups[:-1]])
         self.schedule, self.hybrid = planned.name, planned.hybrid
-        self.wires = self._wires(codec)
+        self.wires = specs_of_cuts(codec, self.groups[:-1])
         if method.asks_behind and any(spec != "none" for spec in self.wires):
             raise ValueError(
                 f"codec: {method.name} sends what crosses as it is, expected none, got {', '.join(self.wires)}"
@@ -236,7 +242,12 @@ class Trainer:
         ]
         self.choices: list[Choice | None] = [None] * len(self.wires)
         if "auto" in self.wires:
-            self._choose_codecs()
+            shapes = [g.shape for g in self.groups[:-1]]
+            found = auto_codec.decide(
+                self.workers, self.wires, shapes, self.groups[0].cut.example, self.ranks
+            )
+            self.choices = [c if spec == "auto" else None for spec, c in zip(self.wires, found, strict=True)]
+            self.wires = [c.codec if c else spec for spec, c in zip(self.wires, self.choices, strict=True)]
         # An end of a cut has a codec of its own.
         self._samples = Samples(method, samples)
         ends = [None, *self.wires, None]
@@ -560,38 +571,6 @@ class Trainer:
                         tensor.copy_(values)
                 group.to(self.workers[0].device)
         return exit_module(self.groups, len(self.groups) if exit is None else exit)
-
-    def _wires(self, codec: str | Sequence[str]) -> list[str]:
-        """The codec's spec for each cut."""
-        cuts = self.groups[:-1]
-        specs = [codec] if isinstance(codec, str) else list(codec)
-        for spec in specs:
-            # Refused also where nothing is cut.
-            if spec != "auto":
-                codecs.build(spec)
-        if len(specs) == 1:
-            specs *= len(cuts)
-        if len(specs) != len(cuts):
-            raise ValueError(
-                f"codec: expected one spec or one for each of {len(cuts)} cuts, got {len(specs)}"
-            )
-        for group, spec in zip(cuts, specs, strict=True):
-            if spec != "auto":
-                codecs.build(spec).check(group.shape)
-        return specs
-
-    def _choose_codecs(self) -> None:
-        """Puts the measured choice in place of every "auto"."""
-        shapes = [g.shape for g in self.groups[:-1]]
-        costs = auto_codec.measure(self.workers, self.wires, shapes, self.groups[0].cut.example, self.ranks)
-        choices = auto_codec.choose(costs)
-        if self.ranks is not None:
-            # Of replicas the first decides, as all must have the same.
-            with self.ranks.heart.together():
-                dist.broadcast_object_list(choices, 0, group=self.ranks.world)
-        for k, choice in enumerate(choices):
-            if self.wires[k] == "auto":
-                self.wires[k], self.choices[k] = choice.codec, choice
 
     def _stage(self, name: str) -> Stage:
         if not isinstance(self._run, Stage):
