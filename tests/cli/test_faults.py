@@ -8,7 +8,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,25 @@ def test_a_run_over_processes_survives_a_fault(drill: Drill, tmp_path: Path) -> 
     assert measured["survivors_seconds"] > 0
 
 
-@pytest.mark.slow
-def test_no_process_outlives_its_launcher(tmp_path: Path) -> None:
+@dataclass
+class Running:
+    """A run of two processes under torchrun that has a checkpoint and would go on for ever.
+
+    Attributes:
+        logs: of its ranks, a folder each. pids: of its ranks. deadline: of the test, by the monotonic clock.
+    """
+
+    launcher: subprocess.Popen[bytes]
+    logs: Path
+    pids: list[int]
+    deadline: float
+
+    def said(self, rank: int) -> Path:
+        return self.logs / str(rank) / "stderr.log"
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
     options = [*SMALL[:-6], *("--steps", "100000", "--epochs", "100000", "--schedule", "pipelined")]
     command = torchrun(2, 0, tmp_path / "logs", "lct_fast", [*options, "--out", str(tmp_path / "run")])
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -94,51 +112,41 @@ def test_no_process_outlives_its_launcher(tmp_path: Path) -> None:
         while not checkpoint.latest(tmp_path / "run" / "checkpoints"):
             assert launcher.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        (attempt,) = (tmp_path / "logs").glob("*/attempt_0")
-        pids = list(_pids(attempt).values())
+        (logs,) = (tmp_path / "logs").glob("*/attempt_0")
+        pids = list(_pids(logs).values())
         assert len(pids) == 2 and all(map(_lives, pids))
-        launcher.kill()
-        while any(map(_lives, pids)):
-            assert time.monotonic() < deadline, "a worker lives on"
-            time.sleep(0.1)
-        for rank in range(2):
-            (said,) = _lines(attempt / str(rank) / "stderr.log")
-            assert "the launcher (torchrun) is gone" in said and "go on with --resume" in said
+        yield Running(launcher, logs, pids, deadline)
     finally:
         launcher.kill()
         for pid in filter(_lives, pids):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_no_process_outlives_its_launcher(running: Running) -> None:
+    running.launcher.kill()
+    while any(map(_lives, running.pids)):
+        assert time.monotonic() < running.deadline, "a worker lives on"
+        time.sleep(0.1)
+    for rank in range(2):
+        (said,) = _lines(running.said(rank))
+        assert "the launcher (torchrun) is gone" in said and "go on with --resume" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["all", "one"])
-def test_ctrl_c_ends_every_process_and_is_what_they_say(to: str, tmp_path: Path) -> None:
-    options = [*SMALL[:-6], *("--steps", "100000", "--epochs", "100000", "--schedule", "pipelined")]
-    command = torchrun(2, 0, tmp_path / "logs", "lct_fast", [*options, "--out", str(tmp_path / "run")])
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    pids: list[int] = []
-    try:
-        while not checkpoint.latest(tmp_path / "run" / "checkpoints"):
-            assert launcher.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        (attempt,) = (tmp_path / "logs").glob("*/attempt_0")
-        pids = list(_pids(attempt).values())
-        # From a terminal the launcher gets it, and passes it on.
-        os.kill(launcher.pid if to == "all" else pids[1], signal.SIGINT)
-        assert launcher.wait(240) == 1
-        assert not any(map(_lives, pids))
-        said = [(attempt / str(rank) / "stderr.log").read_text() for rank in range(2)]
-        assert not any("Traceback" in text or "trainer.stop()" in text for text in said)
-        interrupted = [text.count("lct-fast train: interrupted") for text in said]
-        if to == "all":
-            assert interrupted == [1, 0]
-        else:
-            assert interrupted == [0, 0] and "rank 1" in said[0] and "KeyboardInterrupt" in said[0]
-    finally:
-        launcher.kill()
-        for pid in filter(_lives, pids):
-            os.kill(pid, signal.SIGKILL)
+def test_ctrl_c_ends_every_process_and_is_what_they_say(to: str, running: Running) -> None:
+    # From a terminal the launcher gets it, and passes it on.
+    os.kill(running.launcher.pid if to == "all" else running.pids[1], signal.SIGINT)
+    assert running.launcher.wait(240) == 1
+    assert not any(map(_lives, running.pids))
+    said = [running.said(rank).read_text() for rank in range(2)]
+    assert not any("Traceback" in text or "trainer.stop()" in text for text in said)
+    interrupted = [text.count("lct-fast train: interrupted") for text in said]
+    if to == "all":
+        assert interrupted == [1, 0]
+    else:
+        assert interrupted == [0, 0] and "rank 1" in said[0] and "KeyboardInterrupt" in said[0]
 
 
 @pytest.mark.parametrize(("before", "after"), [("pipelined", "lockstep"), ("lockstep", "pipelined")])

@@ -162,14 +162,20 @@ def _resume(case: Case, count: int, folder: Path) -> lct.Trainer:
     assert trainer.batch == MIDDLE
     if trainer.first:
         trainer.set_learning_rate(0.02)
-        for x, y in nets.batches(BATCHES)[MIDDLE:]:
+    train_to_the_end(trainer, nets.batches(BATCHES)[MIDDLE:])
+    return trainer
+
+
+def train_to_the_end(trainer: lct.Trainer, batches: list[tuple[Tensor, Tensor]]) -> None:
+    """All that a rank does with its trainer: the first one steps, the others follow, all gather the network."""
+    if trainer.first:
+        for x, y in batches:
             trainer.step(x, y)
         trainer.flush()
         trainer.stop()
     else:
         list(trainer.events())
     trainer.gather()
-    return trainer
 
 
 def run_processes(work: Callable[..., Any], count: int, *args: Any, timeout: float = 150) -> list[Any]:

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from lct_fast.engine.schedules.schedule import PIPELINED_DELAY
 from lct_fast.engine.schedules.stage import DEPTH
 from lct_fast.engine.transport import heartbeat
 from tests.engine import nets
-from tests.engine.pipelined_cases import CASES, Case, run_processes, train_as_rank, train_here
+from tests.engine.pipelined_cases import (
+    CASES,
+    Case,
+    run_processes,
+    train_as_rank,
+    train_here,
+    train_to_the_end,
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -195,6 +203,11 @@ def _spoil_the_second() -> str:
             pass
     except (lct.PeerError, lct.NonFiniteError) as error:
         heartbeat.report(error)
+        # The first rank holds the store through which the others learn of it.
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"told {dist.get_rank()}", "")
+        if trainer.first:
+            store.wait(["told 1", "told 2"], timedelta(seconds=60))
         return str(error)
     return "nothing was noticed"
 
@@ -332,14 +345,7 @@ def _one_after_the_other() -> dict[str, Any]:
             with pytest.raises(RuntimeError) as caught:
                 trainer.close()
             early = str(caught.value)
-        if trainer.first:
-            for x, y in nets.batches(3):
-                trainer.step(x, y)
-            trainer.flush()
-            trainer.stop()
-        else:
-            list(trainer.events())
-        trainer.gather()
+        train_to_the_end(trainer, nets.batches(3))
         trainer.close()
         trainer.close()
         del trainer
