@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.tables.markdown import at_most, between, paragraph, word
+from benchmarks.tables.markdown import at_most, between, paragraph, table, word
 from benchmarks.tables.results import Results
+
+
+def exits(results: Results) -> str:
+    """Each exit's accuracy, mean over seeds; a row for each slow-down and buffer."""
+    rows = []
+    for name, row in results("asynchrony")["over_seeds"].items():
+        found = re.fullmatch(r"async S=([\d.]+) M=(\d+)", name)
+        rows.append([*(found.groups() if found else (name, "")), *(f"{100 * m:.2f}" for m in row["mean"])])
+    count = len(rows[0]) - 2
+    return table(["S", "M", *(f"exit {k}, %" for k in range(1, count + 1))], rows)
 
 
 def words(results: Results) -> str:
@@ -33,4 +43,4 @@ def words(results: Results) -> str:
     )
 
 
-TABLES = {"asynchrony-words": words}
+TABLES = {"asynchrony-words": words, "asynchrony": exits}
